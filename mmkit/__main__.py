@@ -1,0 +1,196 @@
+"""The steps of the course for a terminal or a cluster job: `python -m mmkit COMMAND --help`."""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import mmkit
+from mmkit.course import run_course
+from mmkit.data import SPLITS
+from mmkit.features import PairedFeatures
+from mmkit.training import fit_profile
+
+
+def _settings(arguments: argparse.Namespace) -> mmkit.Profile:
+    """The profile that the options name; a COCO folder without a profile means the profile "photos"."""
+    name, root = arguments.profile, arguments.coco_root
+    return mmkit.profile(name or ("photos" if root else None), **({"coco_root": root} if root else {}))
+
+
+def _load(profile: mmkit.Profile) -> tuple[mmkit.CaptionDataset, mmkit.Encoders, mmkit.FeatureStore]:
+    dataset = mmkit.load_dataset(profile)
+    if dataset.faults:
+        print(f"{len(dataset.faults)} records were left out; see: python -m mmkit check", file=sys.stderr)
+    encoders = mmkit.load_encoders(profile.image_encoder, profile.text_encoder, profile.pooling, profile.max_tokens)
+    return dataset, encoders, mmkit.extract_features(dataset, encoders, profile.cache, profile.precision)
+
+
+def _split(
+    profile: mmkit.Profile, dataset: mmkit.CaptionDataset, store: mmkit.FeatureStore, name: str
+) -> PairedFeatures:
+    if name == "all":
+        return store.select()
+    rows = dataset.splits(profile.val_fraction, profile.test_fraction, profile.split_seed)[name]
+    if len(rows) < 2:
+        raise mmkit.MmkitError(f"The split {name} has {len(rows)} images. Remedy: --split all, or a larger folder.")
+    return store.select(rows)
+
+
+def _weights(encoders: mmkit.Encoders) -> dict[str, str]:
+    return {encoder.name: encoder.digest() for encoder in (encoders.image, encoders.text)}
+
+
+def _print_report(report: dict) -> None:
+    sizes = report["sizes"]
+    print(f"{sizes['images']:,} images, {sizes['captions']:,} captions")
+    for kind, row in report["matching"].items():
+        print(f"matching, {kind} negatives 1:1   " + "   ".join(f"{name} {value:.3f}" for name, value in row.items()))
+    for direction, row in report["retrieval"].items():
+        recalls = "   ".join(f"R@{k} {row[f'r{k}']:.3f}" for k in (1, 5, 10))
+        print(f"{direction:<30} {recalls}   median rank {row['median_rank']:.0f}")
+
+
+def scenes(arguments: argparse.Namespace) -> int:
+    folder = mmkit.draw_scenes(arguments.folder, arguments.count, arguments.seed)
+    print(f"{arguments.count:,} scenes, {5 * arguments.count:,} captions in {folder}")
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    dataset = mmkit.load_captions(arguments.folder)
+    faults = [*dataset.faults, *mmkit.check_images(dataset)]
+    per_image = Counter(Counter(dataset.caption_image.tolist()).values())
+    print(f"images             {len(dataset):,}")
+    print(f"captions           {len(dataset.captions):,}")
+    print("captions per image " + ", ".join(f"{k}: {n:,}" for k, n in sorted(per_image.items())))
+    print(f"faults             {len(faults):,}")
+    for fault in faults[: arguments.show]:
+        print(f"  {'UNSAFE' if fault.unsafe else 'left out':<8}  {fault.where}: {fault.what}. Remedy: {fault.remedy}")
+    if len(faults) > arguments.show:
+        print(f"  … and {len(faults) - arguments.show:,} more (--show {len(faults)})")
+    unsafe = any(fault.unsafe for fault in faults)
+    print("This folder is NOT safe to train on." if unsafe else "This folder is safe to train on.")
+    return int(unsafe)
+
+
+def extract(arguments: argparse.Namespace) -> int:
+    _, _, store = _load(_settings(arguments))
+    print(f"images {store.image_features.shape}, captions {store.caption_features.shape}, float16")
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> int:
+    profile = _settings(arguments)
+    changes = {name: getattr(arguments, name) for name in ("epochs", "seed") if getattr(arguments, name) is not None}
+    profile = mmkit.profile(profile.name, coco_root=profile.coco_root, **changes)
+    dataset, encoders, store = _load(profile)
+    parts = {name: _split(profile, dataset, store, name) for name in ("train", "val")}
+    fuser = mmkit.build_fuser(arguments.fuser, profile, *parts["train"].dims)
+    history = fit_profile(fuser, parts["train"], parts["val"], profile)
+    thresholds = mmkit.choose_thresholds(fuser, parts["val"], profile.seed)
+    mmkit.save_checkpoint(arguments.out, fuser, arguments.fuser, profile, thresholds, history, _weights(encoders))
+    best = history.rows[history.best_epoch]
+    print(f"{arguments.fuser}: {len(parts['train'].image_rows):,} images, {len(history.rows)} epochs")
+    print(
+        f"kept epoch {history.best_epoch + 1}, validation loss {best['validation_loss']:.3f}; saved as {arguments.out}"
+    )
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    fuser, training = mmkit.load_checkpoint(arguments.checkpoint)
+    known = {field.name for field in fields(mmkit.Profile)}
+    trained = {key: value for key, value in training["profile"].items() if key in known}
+    if arguments.profile:
+        chosen = mmkit.profile(arguments.profile)
+        trained |= {key: getattr(chosen, key) for key in ("name", "data", "scene_count", "scene_seed")}
+    root = {"coco_root": arguments.coco_root, "data": "folder"} if arguments.coco_root else {}
+    profile = mmkit.profile(trained.pop("name"), **(trained | root))
+    dataset, encoders, store = _load(profile)
+    if _weights(encoders) != training["weights"]:
+        raise mmkit.MmkitError(
+            f"{arguments.checkpoint} was trained on features of other encoder weights. Remedy: train again."
+        )
+    features = _split(profile, dataset, store, arguments.split)
+    report = mmkit.report_json(
+        features,
+        mmkit.matching_report(fuser, features, training["thresholds"], profile.seed),
+        mmkit.retrieval_report(fuser, features),
+    )
+    if arguments.json:
+        print(json.dumps(report))
+    else:
+        _print_report(report)
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    profile = _settings(arguments)
+    dataset = mmkit.load_dataset(profile)
+    print(f"profile {profile.name}: {len(dataset):,} images, {len(dataset.captions):,} captions", flush=True)
+    run_course(arguments.notebooks, arguments.out, profile, arguments.only, arguments.in_place)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mmkit", description="Image–text fusion, learnt by running it.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument("--profile", help="mini, photos or coco (default: MMKIT_PROFILE, else mini)")
+    data.add_argument("--coco-root", metavar="DIR", help="a folder in COCO-captions layout (default: MMKIT_COCO_ROOT)")
+
+    def command(
+        name: str, help: str, example: str, parents: Sequence[argparse.ArgumentParser] = ()
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=help, description=help, epilog=f"example: python -m mmkit {example}", parents=parents
+        )
+        added.set_defaults(command=globals()[name])
+        return added
+
+    one = command("scenes", "draw the embedded dataset into a folder", "scenes /tmp/scenes --count 300")
+    one.add_argument("folder", type=Path)
+    one.add_argument("--count", type=int, default=1500)
+    one.add_argument("--seed", type=int, default=0)
+    one = command("check", "read a COCO-captions folder and name every fault", "check /tmp/scenes")
+    one.add_argument("folder", type=Path)
+    one.add_argument("--show", type=int, default=20, metavar="N", help="faults to print (default: 20)")
+    command("extract", "extract and cache the features of a dataset", "extract --coco-root ~/coco", [data])
+    one = command("train", "train a fuser and write a checkpoint", "train --fuser mlp --out runs/mlp", [data])
+    one.add_argument("--fuser", default="mlp", help=f"one of {', '.join(mmkit.FUSERS)} (default: mlp)")
+    one.add_argument("--out", type=Path, required=True, metavar="DIR")
+    one.add_argument("--epochs", type=int)
+    one.add_argument("--seed", type=int)
+    one = command("evaluate", "matching and retrieval of a checkpoint", "evaluate runs/mlp --split all --json", [data])
+    one.add_argument("checkpoint", type=Path)
+    one.add_argument("--split", choices=[*SPLITS, "all"], default="test")
+    one.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    one = command("run", "execute the notebooks in order", "run --only 03 04", [data])
+    one.add_argument("--only", nargs="+", default=(), metavar="NAME", help="notebooks whose name begins so")
+    one.add_argument("--notebooks", type=Path, default=Path("notebooks"), metavar="DIR")
+    one.add_argument("--out", type=Path, default=Path("build"), metavar="DIR")
+    one.add_argument("--in-place", action="store_true", help="write the executed notebooks over the sources")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; exit status 0, 1 where `check` or a notebook found faults, 2 for bad input."""
+    try:
+        parsed = _parser().parse_args(arguments)
+        if getattr(parsed, "fuser", "mlp") not in mmkit.FUSERS:
+            raise mmkit.MmkitError(f"No fuser {parsed.fuser!r}. Valid names: {', '.join(mmkit.FUSERS)}")
+        return parsed.command(parsed)
+    except mmkit.MmkitError as error:
+        print(f"mmkit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nmmkit: interrupted. The same command goes on where it can.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

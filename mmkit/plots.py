@@ -1,0 +1,336 @@
+"""Every figure of the course. Colours tell apart without colour vision (Okabe & Ito 2008); each figure has alt text."""
+
+import base64
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+import torch
+from IPython.display import display
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+from torch import Tensor
+
+from .data import CaptionDataset
+from .evaluation import Retrieval
+from .training import History
+
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#6B6B6B"
+COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)
+_STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 10,
+    "font.size": 9.5,
+    "legend.frameon": False,
+    "image.interpolation": "nearest",
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "lines.linewidth": 1.8,
+}
+
+
+def figure(
+    width: float = 7.0, height: float = 3.2, rows: int = 1, columns: int = 1, **keywords
+) -> tuple[Figure, np.ndarray]:
+    """A figure in the course's style and a flat array of its axes; sizes in inches."""
+    with matplotlib.rc_context(_STYLE):
+        fig = Figure(figsize=(width, height), layout="constrained")
+        return fig, np.atleast_1d(fig.subplots(rows, columns, **keywords)).ravel()
+
+
+def show(fig: Figure, alt: str) -> None:
+    """Display a figure with alternative text for readers who cannot see it."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        fig.savefig(buffer, format="png", dpi=100, facecolor="white")
+    display(
+        {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": alt},
+        metadata={"image/png": {"alt": alt}},
+        raw=True,
+    )
+
+
+def _picture(axis, image: Image.Image | np.ndarray, title: str = "", width: int = 30, colour: str = "black") -> None:
+    axis.imshow(np.asarray(image))
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(colour != "black")
+        spine.set(color=colour, linewidth=4)
+    axis.set_title(textwrap.fill(title, width), fontsize=8.5, fontweight="normal", loc="left", color=colour)
+
+
+def show_images(
+    images: Sequence[Image.Image], titles: Sequence[str], alt: str, columns: int = 4, title: str = ""
+) -> None:
+    """Pictures in a grid, each under its title."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    fig, axes = figure(9, rows * 9 / columns * 0.95 + 0.4, rows, columns)
+    for axis in axes[len(images) :]:
+        axis.axis("off")
+    for axis, image, words in zip(axes, images, titles, strict=False):
+        _picture(axis, image, words, width=round(110 / columns))
+    fig.suptitle(title, fontweight="bold", fontsize=11)
+    show(fig, alt)
+
+
+def show_pairs(dataset: CaptionDataset, indices: Sequence[int], caption: int = 0, columns: int = 4) -> None:
+    """Images of a dataset, each with one of its captions (the `caption`-th) above it."""
+    texts = [dataset.captions_of(i)[caption] for i in indices]
+    alt = "Images with their captions: " + " ".join(texts)
+    show_images([dataset.image(i) for i in indices], texts, alt, columns, "Images and one caption of each")
+
+
+def plot_history(history: History, title: str = "Training") -> None:
+    """Contrastive and matching loss per epoch, in training and validation, and the epoch that was kept."""
+    fig, axes = figure(8, 3, 1, 2)
+    epochs = range(1, len(history.rows) + 1)
+    for axis, name in zip(axes, ("contrastive", "matching"), strict=True):
+        axis.plot(epochs, history.column(name), color=BLUE, marker="o", markersize=3, label="training")
+        axis.plot(
+            epochs,
+            history.column(f"validation_{name}"),
+            color=ORANGE,
+            marker="s",
+            markersize=3,
+            linestyle="--",
+            label="validation",
+        )
+        axis.axvline(history.best_epoch + 1, color=GREY, linewidth=1, linestyle=":", label="kept epoch")
+        axis.set(title=f"{title}: {name} loss", xlabel="epoch", ylabel="loss (nats)", ylim=(0, None))
+    axes[0].legend()
+    last = history.rows[-1]
+    show(
+        fig,
+        (
+            f"Two line charts over {len(history.rows)} epochs. Contrastive loss falls from "
+            f"{history.rows[0]['contrastive']:.2f} to {last['contrastive']:.2f} in training and ends at "
+            f"{last['validation_contrastive']:.2f} in validation; matching loss ends at {last['matching']:.2f} and "
+            f"{last['validation_matching']:.2f}. Epoch {history.best_epoch + 1} was kept."
+        ),
+    )
+
+
+def plot_histogram(
+    values: Mapping[str, Sequence[float] | Tensor],
+    title: str,
+    xlabel: str,
+    bins: int | Sequence[float] = 30,
+    ylabel: str = "count",
+    line: tuple[float, str] | None = None,
+) -> None:
+    """Overlaid histograms by name, with the same bins, and a vertical line `(x, label)` if given."""
+    fig, (axis,) = figure(7, 3)
+    arrays = {name: np.asarray(value, dtype=float) for name, value in values.items()}
+    edges = np.histogram_bin_edges(np.concatenate(list(arrays.values())), bins)
+    for (name, array), colour, hatch in zip(arrays.items(), COLOURS, ("", "///", "..", "xx"), strict=False):
+        axis.hist(array, edges, alpha=0.6, color=colour, hatch=hatch, edgecolor="white", linewidth=0.3, label=name)
+    if line:
+        axis.axvline(line[0], color="black", linestyle="--", linewidth=1.2, label=line[1])
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if len(arrays) > 1 or line:
+        axis.legend()
+    facts = "; ".join(
+        f"{name}: mean {array.mean():.2f}, {array.min():.2f} to {array.max():.2f}" for name, array in arrays.items()
+    )
+    show(fig, f"Histogram. {title}. {facts}." + (f" {line[1]} at {line[0]:.2f}." if line else ""))
+
+
+def plot_matrix(
+    matrix: Tensor | np.ndarray,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    value: str = "logit",
+    ticks: Sequence[str] | None = None,
+) -> None:
+    """A matrix as a heat map with a colour bar; small ones carry their numbers."""
+    array = np.asarray(matrix, dtype=float)
+    fig, (axis,) = figure(5.4, 4.4)
+    image = axis.imshow(array, cmap="cividis", aspect="auto")
+    fig.colorbar(image, ax=axis, label=value)
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if ticks is not None:
+        axis.set_xticks(range(len(ticks)), ticks, rotation=35, ha="right")
+        axis.set_yticks(range(len(ticks)), ticks)
+    if array.size <= 100:
+        middle = (array.min() + array.max()) / 2
+        for (row, column), number in np.ndenumerate(array):
+            axis.text(
+                column, row, f"{number:.2f}", ha="center", va="center", color="white" if number < middle else "black"
+            )
+    shape, values = f"{array.shape[0]} by {array.shape[1]}", f"{array.min():.2f} to {array.max():.2f}"
+    show(fig, f"Heat map of {shape}: {title}. Values from {values}.")
+
+
+def plot_bars(
+    groups: Mapping[str, Mapping[str, float]],
+    title: str,
+    ylabel: str,
+    chance: Mapping[str, float] | None = None,
+    ylim: tuple[float, float] | None = None,
+) -> None:
+    """Grouped bars, one colour and hatch per name in `groups`, labelled with their values; `chance` as short lines."""
+    fig, (axis,) = figure(7.5, 3.4)
+    names, labels = list(groups), list(next(iter(groups.values())))
+    width = 0.8 / len(names)
+    for n, (name, hatch) in enumerate(zip(names, ("", "///", "..", "xx", "\\\\", "++"), strict=False)):
+        places = np.arange(len(labels)) + (n - (len(names) - 1) / 2) * width
+        heights = [groups[name][label] for label in labels]
+        bars = axis.bar(places, heights, width * 0.94, label=name, color=COLOURS[n], hatch=hatch, edgecolor="white")
+        axis.bar_label(bars, fmt="%.1f" if max(heights) > 2 else "%.2f", fontsize=8, padding=1)
+    for place, label in enumerate(labels):
+        if chance and label in chance:
+            axis.hlines(
+                chance[label],
+                place - 0.45,
+                place + 0.45,
+                color="black",
+                linestyle=":",
+                label="chance" if place == 0 else None,
+            )
+    axis.set_xticks(range(len(labels)), labels)
+    axis.set(title=title, ylabel=ylabel)
+    axis.set_ylim(*(ylim or (0, axis.get_ylim()[1] * 1.08)))
+    if len(names) > 1 or chance:
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    facts = "; ".join(f"{name}: " + ", ".join(f"{k} {v:.3g}" for k, v in row.items()) for name, row in groups.items())
+    show(fig, f"Bar chart. {title}. {facts}.")
+
+
+def plot_recalls(reports: Mapping[str, Retrieval], title: str = "Retrieval") -> None:
+    """R@1, R@5 and R@10 in percent, both directions, for several fusers, beside chance."""
+    groups, chance = {}, {}
+    for name, report in reports.items():
+        images, captions = report.pool
+        recalls = {"image→text": report.image_to_text, "text→image": report.text_to_image}
+        groups[name] = {
+            f"{arrow}\nR@{k}": 100 * getattr(recall, f"r{k}") for arrow, recall in recalls.items() for k in (1, 5, 10)
+        }
+        chance = {label: 100 * min(1, int(label.split("@")[1]) / images) for label in groups[name]}
+    plot_bars(groups, f"{title} ({images:,} images, {captions:,} captions)", "recall (%)", chance, (0, 112))
+
+
+def plot_lines(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, xlabel: str, ylabel: str, log: str = ""
+) -> None:
+    """Curves by name, each `(xs, ys)`, told apart by colour, marker and dash; `log` may name "x", "y" or "xy"."""
+    fig, (axis,) = figure(6.5, 3.2)
+    for (name, (xs, ys)), colour, marker, dash in zip(
+        lines.items(), COLOURS, "os^Dvx", ("-", "--", "-.", ":", "-", "--"), strict=False
+    ):
+        axis.plot(xs, ys, color=colour, marker=marker, linestyle=dash, markersize=4, label=name)
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    for direction in log:
+        getattr(axis, f"set_{direction}scale")("log")
+    axis.legend()
+    facts = "; ".join(f"{name} goes from {ys[0]:.3g} to {ys[-1]:.3g}" for name, (_, ys) in lines.items())
+    show(fig, f"Line chart. {title}. {facts}.")
+
+
+def plot_map(points: Mapping[str, Tensor | np.ndarray], title: str, xlabel: str, ylabel: str) -> None:
+    """Points in a plane, `(N, 2)` per name, told apart by colour and marker."""
+    fig, (axis,) = figure(5.5, 4.2)
+    for (name, xy), colour, marker in zip(points.items(), COLOURS, "o^sD", strict=False):
+        xy = np.asarray(xy)
+        axis.scatter(xy[:, 0], xy[:, 1], s=14, color=colour, marker=marker, alpha=0.6, linewidths=0, label=name)
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axis.legend()
+    show(
+        fig, f"Scatter plot. {title}. " + "; ".join(f"{len(xy)} points of {name}" for name, xy in points.items()) + "."
+    )
+
+
+def plot_tokens(pieces: Sequence[Sequence[str]], mask: Tensor, title: str = "Captions as tokens") -> None:
+    """A batch of captions as rows of word pieces; padding (mask 0) is pale and hatched."""
+    rows, columns = mask.shape
+    fig, (axis,) = figure(min(11, 0.82 * columns + 0.6), 0.42 * rows + 0.9)
+    for row in range(rows):
+        for column in range(columns):
+            real, piece = bool(mask[row, column]), pieces[row][column]
+            colour = GREY if not real else ORANGE if piece.startswith("[") else BLUE
+            axis.add_patch(
+                Rectangle(
+                    (column, row),
+                    0.96,
+                    0.86,
+                    facecolor=colour if real else "#EEEEEE",
+                    hatch="" if real else "////",
+                    edgecolor="white",
+                    alpha=0.9,
+                )
+            )
+            axis.text(
+                column + 0.48,
+                row + 0.43,
+                piece,
+                ha="center",
+                va="center",
+                fontsize=7.5,
+                color="white" if real else GREY,
+            )
+    axis.set(xlim=(0, columns), ylim=(rows, 0), title=title, xlabel="position in the sequence", ylabel="caption")
+    axis.set_yticks([r + 0.43 for r in range(rows)], [str(r + 1) for r in range(rows)])
+    axis.set_xticks([c + 0.48 for c in range(columns)], [str(c) for c in range(columns)])
+    real = int(mask.sum())
+    show(fig, f"{title}: {rows} rows of {columns} positions; {real} hold word pieces, {mask.numel() - real} padding.")
+
+
+def show_graph(
+    images: Sequence[Image.Image], captions: Sequence[str], edges: Sequence[tuple[int, int, float]], title: str
+) -> None:
+    """A bipartite graph: images left, captions right, edges `(image, caption, weight)` whose width is their weight.
+
+    Edges to an image's own caption (same position) are green and solid, the others grey and dashed.
+    """
+    fig, (axis,) = figure(9, 0.95 * max(len(images), len(captions)))
+    for image, caption, weight in edges:
+        own = image == caption
+        axis.plot(
+            [1.05, 3.0],
+            [-image, -caption],
+            color=GREEN if own else GREY,
+            linestyle="-" if own else "--",
+            linewidth=0.5 + 3 * max(0.0, weight),
+            alpha=0.85,
+            zorder=1,
+        )
+    for row, picture in enumerate(images):
+        axis.imshow(np.asarray(picture), extent=(0, 1, -row - 0.42, -row + 0.42), aspect="auto", zorder=2)
+    for row, text in enumerate(captions):
+        axis.text(3.05, -row, textwrap.fill(text, 52), va="center", fontsize=9)
+    axis.set(xlim=(-0.05, 6.4), ylim=(-max(len(images), len(captions)) + 0.45, 0.55), title=title)
+    axis.axis("off")
+    own = sum(image == caption for image, caption, _ in edges)
+    sizes = f"{len(images)} images and {len(captions)} captions joined by {len(edges)} edges"
+    show(fig, f"{title}. {sizes}, {own} of them to the image's own caption.")
+
+
+def show_retrieval(
+    dataset: CaptionDataset, scores: Tensor, captions: Sequence[int], k: int = 4, title: str = "Text → image"
+) -> None:
+    """For some captions of `dataset` the `k` images of highest score `(N, M)`; the true one has a green frame."""
+    fig, axes = figure(9, 2.25 * len(captions), len(captions), k, squeeze=False)
+    right = 0
+    for row, caption in enumerate(captions):
+        best = scores[:, caption].topk(k).indices.tolist()
+        for rank, image in enumerate(best):
+            own = image == dataset.caption_image[caption]
+            right += own and rank == 0
+            words = dataset.captions[caption] if rank == 0 else f"rank {rank + 1}"
+            _picture(axes[row * k + rank], dataset.image(image), words, 30, GREEN if own else GREY)
+    fig.suptitle(f"{title}: best {k} images of a caption (green frame: its own image)", fontweight="bold", fontsize=11)
+    show(fig, f"{title}: {len(captions)} captions with their {k} best images; the first is right for {right} of them.")
+
+
+def principal_plane(points: Tensor) -> tuple[Tensor, Tensor]:
+    """The two directions of largest variance: mean `(D,)` and axes `(D, 2)`, for `(points - mean) @ axes`."""
+    mean = points.mean(dim=0)
+    _, _, directions = torch.linalg.svd(points - mean, full_matrices=False)
+    return mean, directions[:2].T

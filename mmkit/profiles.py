@@ -1,0 +1,125 @@
+"""The one knob of the course: every size, encoder, path and epoch count, by name."""
+
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from .errors import MmkitError
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def _cache_folder() -> Path:
+    """`MMKIT_CACHE`, else `build/cache` of a source checkout, else the user's cache folder."""
+    if "MMKIT_CACHE" in os.environ:
+        return Path(os.environ["MMKIT_CACHE"]).expanduser().resolve()
+    if (_CHECKOUT / "pyproject.toml").is_file():
+        return _CHECKOUT / "build" / "cache"
+    return Path.home() / ".cache" / "mmkit"
+
+
+def resolve_coco_root(root: str | Path) -> Path:
+    """A COCO folder as an absolute path.
+
+    A relative path counts from the working directory or, since a notebook's working directory
+    is `notebooks/`, from the top of the checkout.
+    """
+    root = Path(root).expanduser()
+    if not root.is_absolute() and not root.exists() and (_CHECKOUT / root).exists():
+        root = _CHECKOUT / root
+    return root.resolve()
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Every setting of a run. Make one with `profile()`; change it there too.
+
+    `max_tokens` counts word pieces with [CLS] and [SEP]; fractions are of images; `neighbours`
+    is k of the k-nearest-neighbour graph; `learning_rate` is AdamW's peak.
+    """
+
+    name: str
+    data: str  # "scenes": drawn by the package; "folder": a COCO-captions folder on disk
+    cache: Path
+    coco_root: Path | None = None
+    scene_count: int = 1500
+    scene_seed: int = 0
+    image_encoder: str = "efficientnet-lite0"
+    text_encoder: str = "minilm-l6"
+    pooling: str = "mean"
+    max_tokens: int = 64
+    val_fraction: float = 0.1
+    test_fraction: float = 0.2
+    split_seed: int = 0
+    precision: str = "auto"
+    fusion_dim: int = 256
+    hidden_dim: int = 256
+    dropout: float = 0.3
+    feature_dropout: float = 0.3
+    heads: int = 8
+    layers: int = 1
+    neighbours: int = 5
+    epochs: int = 12
+    batch_size: int = 512
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    contrastive_weight: float = 1.0
+    matching_weight: float = 0.2
+    seed: int = 0
+
+    def __repr__(self) -> str:  # a readable table without any path of the machine
+        if self.data == "scenes":
+            data = f"{self.scene_count:,} drawn scenes, seed {self.scene_seed}"
+        else:
+            data = "a COCO-captions folder (MMKIT_COCO_ROOT)"
+        shown = {"profile": self.name, "data": data}
+        hidden = {"name", "data", "cache", "coco_root", "scene_count", "scene_seed"}
+        shown |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
+        return "\n".join(f"{key:<18} {value}" for key, value in shown.items())
+
+
+_PROFILES: dict[str, dict[str, object]] = {
+    "mini": {"data": "scenes"},
+    "photos": {
+        "data": "folder",
+        "test_fraction": 0.15,
+        "fusion_dim": 512,
+        "hidden_dim": 512,
+        "feature_dropout": 0.6,
+        "epochs": 16,
+        "learning_rate": 1e-3,
+    },
+    "coco": {  # the sizes and the learning rate of the articles
+        "data": "folder",
+        "image_encoder": "resnet50",
+        "text_encoder": "bert-base-uncased",
+        "max_tokens": 512,
+        "fusion_dim": 1024,
+        "hidden_dim": 512,
+        "epochs": 30,
+        "learning_rate": 1e-4,
+    },
+}
+
+
+def profile(name: str | None = None, **changes: object) -> Profile:
+    """The settings called `name` (default: `MMKIT_PROFILE`, else "mini"), with `changes` applied.
+
+    >>> profile("mini", epochs=20).epochs
+    20
+    """
+    name = name or os.environ.get("MMKIT_PROFILE") or "mini"
+    if name not in _PROFILES:
+        raise MmkitError(f"No profile {name!r}. Valid names: {', '.join(_PROFILES)}")
+    known = {f.name for f in fields(Profile)}
+    if unknown := set(changes) - known:
+        raise MmkitError(f"No setting {', '.join(sorted(unknown))}. Valid settings: {', '.join(sorted(known))}")
+    settings = Profile(name=name, cache=_cache_folder(), **_PROFILES[name])  # type: ignore[arg-type]
+    if changes.get("coco_root"):  # a folder that is named is read, whatever the profile
+        changes = {"data": "folder"} | changes
+    elif settings.data == "folder":
+        changes = changes | {"coco_root": os.environ.get("MMKIT_COCO_ROOT") or None}
+    settings = replace(settings, **changes)  # type: ignore[arg-type]
+    if settings.coco_root is not None:
+        settings = replace(settings, coco_root=resolve_coco_root(settings.coco_root))
+    return settings
