@@ -36,4 +36,4 @@ from .plots import (
 from .preprocess import MultimodalPreprocessor, image_transform
 from .profiles import Profile, profile
 from .scenes import draw_scenes
-from .training import FUSERS, History, build_fuser, fit, load_checkpoint, save_checkpoint
+from .training import FUSERS, History, build_fuser, fit, fit_profile, load_checkpoint, save_checkpoint

@@ -89,6 +89,7 @@ def execute(source: Path, target: Path) -> Executed:
         notebook,
         timeout=CELL_TIMEOUT,
         kernel_name="python3",
+        extra_arguments=["--Application.log_level=40"],  # errors only
         record_timing=False,
         resources={"metadata": {"path": str(source.parent)}},
         on_cell_execute=on_cell,
@@ -136,5 +137,5 @@ def run_course(
         print(done[-1], flush=True)
     total, peak = sum(row.seconds for row in done), max(row.peak_memory for row in done)
     rule = "─" * 78
-    print(rule, *done, rule, f"{len(done)} notebooks{'':<13} {total:7.1f} s {peak / 2**30:6.2f} GiB", sep="\n")
+    print(rule, *done, rule, Executed("all", total, peak, ""), sep="\n")
     return done

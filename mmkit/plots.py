@@ -40,6 +40,7 @@ def figure(
     """A figure in the course's style and a flat array of its axes; sizes in inches."""
     with matplotlib.rc_context(_STYLE):
         fig = Figure(figsize=(width, height), layout="constrained")
+        fig.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
         return fig, np.atleast_1d(fig.subplots(rows, columns, **keywords)).ravel()
 
 

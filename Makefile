@@ -1,0 +1,40 @@
+# make run    execute the notebooks in order        make lab    open them in JupyterLab
+# make test   unit tests, and every notebook as one  make bench  measure against plain baselines
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test lab bench notebooks lint env clean
+
+run: env
+	@$(BIN)/python -m mmkit run
+
+test: lint
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 -W ignore notebooks
+
+lab: env
+	$(BIN)/jupyter lab notebooks/01_preprocessing.ipynb
+
+bench: env
+	$(BIN)/python tests/bench.py
+
+notebooks: env # execute the notebooks over themselves, to commit them
+	$(BIN)/python -m mmkit run --in-place
+
+lint: env
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+env: .venv/installed
+
+# The stamp is written last: an interrupted installation starts again from nothing.
+.venv/installed: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "mmkit needs Python 3.11 or newer. Remedy: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@test -f $@ || $(PYTHON) -m venv --clear .venv
+	@echo "installing into .venv (once, a few minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[lab,test]'
+	@touch $@
+
+clean:
+	rm -rf build .venv *.egg-info

@@ -1,0 +1,407 @@
+"""The training loop on features that can be learnt, on pure noise and on broken ones, and its checkpoints."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import mmkit
+from mmkit import (
+    FUSERS,
+    History,
+    MissingFile,
+    MmkitError,
+    MultimodalFeatureFuser,
+    MultimodalGNN,
+    PairedFeatures,
+    fit,
+    load_checkpoint,
+    noise_recall,
+    permutation_gap,
+    retrieval_report,
+    save_checkpoint,
+)
+from mmkit.fusers import PairFuser, unit_scale
+from mmkit.training import PairBatches, _PairLosses, _warmup_cosine, _weight_groups, fit_profile, validation_losses
+
+IMAGE_DIM, TEXT_DIM, CAPTIONS = 24, 16, 2
+
+
+def learnable(images: int, seed: int) -> PairedFeatures:
+    """Images and captions that are two linear views of the same six hidden numbers, with a little noise."""
+    views = torch.Generator().manual_seed(123)
+    to_image, to_text = (torch.randn(6, dim, generator=views) for dim in (IMAGE_DIM, TEXT_DIM))
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(images, 6, generator=generator)
+    owner = torch.arange(images).repeat_interleave(CAPTIONS)
+
+    def noise(rows: int, dim: int) -> Tensor:
+        return 0.2 * torch.randn(rows, dim, generator=generator)
+
+    pictures = 5 * (hidden @ to_image + noise(images, IMAGE_DIM)) + 40
+    return PairedFeatures.from_arrays(
+        pictures, hidden[owner] @ to_text + noise(len(owner), TEXT_DIM), owner[torch.arange(len(owner))]
+    )
+
+
+def with_nan(features: PairedFeatures) -> PairedFeatures:
+    images = features.image_source.copy()
+    images[3, 2] = np.nan
+    return PairedFeatures.from_arrays(images, features.caption_source, features.owner)
+
+
+def small_mlp(dims: tuple[int, int] = (IMAGE_DIM, TEXT_DIM), **changes: object) -> MultimodalFeatureFuser:
+    torch.manual_seed(0)
+    return MultimodalFeatureFuser(*dims, 32, **({"dropout": 0.1} | changes))
+
+
+def small_gnn(dims: tuple[int, int] = (IMAGE_DIM, TEXT_DIM), **changes: object) -> MultimodalGNN:
+    torch.manual_seed(0)
+    return MultimodalGNN(*dims, 32, heads=4, neighbours=3, **({"dropout": 0.1} | changes))
+
+
+class LeakingFuser(MultimodalFeatureFuser):
+    """Image `i` and text `i` of a pool get the same random vector: the pairing leaks through the index."""
+
+    def nodes(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        image_nodes, text_nodes = super().nodes(images, texts)
+        tags = torch.randn(max(len(images), len(texts)), self.width, generator=torch.Generator().manual_seed(5))
+        return unit_scale(image_nodes + tags[: len(images)]), unit_scale(text_nodes + tags[: len(texts)])
+
+
+BOTH = pytest.mark.parametrize("make", [small_mlp, small_gnn], ids=["mlp", "gnn"])
+QUICK = {"batch_size": 64, "learning_rate": 5e-3, "weight_decay": 0.01}
+
+
+def weights(fuser: PairFuser) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in fuser.state_dict().items()}
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_fit_halves_the_loss_and_finds_held_out_pairs(make):
+    train, validation, held_out = learnable(200, 0), learnable(60, 1), learnable(100, 2)
+    fuser = make()
+    assert retrieval_report(fuser, held_out).text_to_image.r1 < 0.1
+    history = fit(fuser, train, validation, epochs=10, **QUICK)
+    loss = history.column("loss")
+    assert len(loss) == 10 and loss[-1] < 0.5 * loss[0]
+    found = retrieval_report(fuser, held_out)
+    assert found.text_to_image.r1 > 0.4 and found.image_to_text.r1 > 0.4
+    assert mmkit.matching_report(fuser, held_out, mmkit.choose_thresholds(fuser, validation))["random"].accuracy > 0.85
+
+
+@BOTH
+def test_a_fuser_trained_on_noise_is_at_chance_on_other_noise(make):
+    def train(noise: PairedFeatures, validation: PairedFeatures) -> PairFuser:
+        fuser = make(noise.dims, dropout=0.0)
+        fit(fuser, noise, validation, epochs=4, **QUICK)
+        return fuser
+
+    held_out = 400
+    chance = 1 / held_out
+    four_sigma = 4 * (chance * (1 - chance) / held_out) ** 0.5
+    assert noise_recall(train, (10, 8), pairs=200, held_out=held_out) < chance + four_sigma
+
+
+def test_a_fuser_that_leaks_the_index_is_caught_by_both_checks():
+    def train(noise: PairedFeatures, validation: PairedFeatures) -> PairFuser:
+        torch.manual_seed(0)
+        fuser = LeakingFuser(*noise.dims, 32)
+        fit(fuser, noise, validation, epochs=2, **QUICK)
+        return fuser
+
+    assert noise_recall(train, (10, 8), pairs=100, held_out=200) > 0.2
+    images, texts = (torch.randn(20, dim, generator=torch.Generator().manual_seed(0)) for dim in (10, 8))
+    torch.manual_seed(0)
+    assert permutation_gap(LeakingFuser(10, 8, 32), images, texts) > 0.1
+    assert permutation_gap(small_mlp((10, 8)), images, texts) < 1e-4
+
+
+def test_features_are_standardised_by_the_training_set_alone():
+    train, validation = learnable(50, 0), learnable(20, 1)
+    fuser = small_mlp()
+    fit(fuser, train, validation, epochs=1, **QUICK)
+    torch.testing.assert_close(fuser.standardize_images.mean, train.images().mean(dim=0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        fuser.standardize_texts.deviation, train.captions().std(dim=0, correction=0), rtol=1e-4, atol=1e-4
+    )
+    assert not fuser.training
+
+
+def test_sizes_that_differ_are_refused_before_training():
+    with pytest.raises(MmkitError, match=r"\(24, 5\).*\(1, 24\).*\(1, 16\)"):
+        fit(small_mlp((IMAGE_DIM, 5)), learnable(10, 0), learnable(5, 1))
+
+
+# --- seeds ---------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_the_same_seed_gives_the_same_weights_and_another_gives_others(make):
+    def trained(seed: int) -> dict[str, Tensor]:
+        fuser = make(feature_dropout=0.2)
+        torch.manual_seed(1000 + len(runs))  # what ran before does not count
+        fit(fuser, learnable(40, 0), learnable(20, 1), epochs=2, seed=seed, **QUICK)
+        runs.append(weights(fuser))
+        return runs[-1]
+
+    runs: list[dict[str, Tensor]] = []
+    first = trained(3)
+    assert equal(first, trained(3))
+    assert not equal(first, trained(4))
+
+
+def test_build_fuser_draws_the_weights_from_the_profiles_seed():
+    for name, kind in FUSERS.items():
+        profile = mmkit.profile("mini", fusion_dim=32, hidden_dim=32, heads=4)
+        first, second, other = (mmkit.build_fuser(name, mmkit.profile("mini", seed=s), 24, 16) for s in (1, 1, 2))
+        assert equal(first.state_dict(), second.state_dict())
+        assert not equal(first.state_dict(), other.state_dict())
+        small = mmkit.build_fuser(name, profile, 24, 16)
+        assert type(small) is kind and (small.image_dim, small.text_dim, small.width) == (24, 16, 32)
+        assert small.feature_dropout.p == profile.feature_dropout
+
+
+def test_an_unknown_fuser_lists_the_valid_names():
+    with pytest.raises(MmkitError, match="'mlpp'.*mlp, gnn"):
+        mmkit.build_fuser("mlpp", mmkit.profile("mini"), 24, 16)
+
+
+def test_fit_profile_passes_every_setting_of_the_profile(monkeypatch):
+    given = {}
+    monkeypatch.setattr(mmkit.training, "fit", lambda *_, **settings: given.update(settings))
+    chosen = {"epochs": 3, "batch_size": 7, "learning_rate": 0.5, "weight_decay": 0.25, "seed": 9}
+    chosen |= {"contrastive_weight": 2.0, "matching_weight": 3.0}
+    fit_profile(small_mlp(), learnable(10, 0), learnable(5, 1), mmkit.profile("mini", **chosen))
+    assert given == chosen
+
+
+# --- what stops a run ----------------------------------------------------------------------------
+
+
+def test_nan_features_stop_the_mlp_and_the_step_is_named():
+    with pytest.raises(MmkitError, match="nan in epoch 0, step 0"):
+        fit(small_mlp(), with_nan(learnable(40, 0)), learnable(20, 1), epochs=2, **QUICK)
+
+
+def test_nan_features_stop_the_gnn_and_are_named():
+    with pytest.raises(MmkitError, match="NaN"):
+        fit(small_gnn(), with_nan(learnable(40, 0)), learnable(20, 1), epochs=2, **QUICK)
+
+
+@BOTH
+def test_nan_in_the_validation_features_stops_too(make):
+    with pytest.raises(MmkitError, match=r"(?i)nan"):
+        fit(make(), learnable(40, 0), with_nan(learnable(20, 1)), epochs=2, **QUICK)
+
+
+def test_a_learning_rate_that_diverges_stops_with_the_step_and_advice():
+    with pytest.raises(MmkitError, match=r"in epoch \d+, step \d+.*learning_rate"):
+        fit(small_mlp(), learnable(40, 0), learnable(20, 1), epochs=20, **(QUICK | {"learning_rate": 1e30}))
+
+
+def test_fit_flushes_denormals():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    torch.set_flush_denormal(False)
+    fit(small_mlp(), learnable(20, 0), learnable(10, 1), epochs=1, **QUICK)
+    assert (torch.tensor([1e-40]) * 1 == 0).all()
+
+
+def test_denormals_are_flushed_on_all_threads():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    torch.ones(4_000_000).mul_(2)  # on all threads
+    fit(small_mlp(), learnable(20, 0), learnable(10, 1), epochs=1, **QUICK)
+    assert (torch.full((4_000_000,), 1e-40) * 1).count_nonzero() == 0
+
+
+# --- the epoch that is kept ----------------------------------------------------------------------
+
+
+def test_the_kept_weights_are_those_of_the_lowest_validation_loss():
+    train, validation = learnable(12, 0), learnable(40, 1)
+    fuser = small_mlp(dropout=0.0)
+    history = fit(fuser, train, validation, epochs=12, batch_size=8, learning_rate=0.05, weight_decay=0.0, seed=2)
+    losses = history.column("validation_loss")
+    assert losses[history.best_epoch] == min(losses) < losses[-1]
+    contrastive, matching = validation_losses(fuser, validation, 8, 2)
+    assert contrastive + matching == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_validation_losses_are_repeatable_and_leave_the_random_state_alone():
+    fuser, features = small_mlp(dropout=0.5, feature_dropout=0.5).train(), learnable(30, 0)
+    state = torch.get_rng_state()
+    first = validation_losses(fuser, features, 16, seed=0)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(77)
+    assert validation_losses(fuser, features, 16, seed=0) == first
+    assert validation_losses(fuser, features, 16, seed=1) != first
+
+
+def test_the_history_weighs_the_two_losses():
+    fuser, validation = small_mlp(), learnable(20, 1)
+    history = fit(fuser, learnable(40, 0), validation, epochs=2, contrastive_weight=0.5, matching_weight=3.0, **QUICK)
+    for row in history.rows:
+        assert row["loss"] == pytest.approx(0.5 * row["contrastive"] + 3 * row["matching"])
+        expected = 0.5 * row["validation_contrastive"] + 3 * row["validation_matching"]
+        assert row["validation_loss"] == pytest.approx(expected)
+    best = history.rows[history.best_epoch]
+    assert best["temperature"] == pytest.approx(fuser.log_temperature.exp().item())
+
+
+@pytest.mark.parametrize("name", ["contrastive_weight", "matching_weight"])
+def test_a_loss_of_weight_zero_teaches_nothing(name):
+    fuser = small_mlp()
+    before = weights(fuser)
+    fit(fuser, learnable(40, 0), learnable(20, 1), epochs=1, **{name: 0.0}, **(QUICK | {"weight_decay": 0.0}))
+    changed = {key for key, value in fuser.state_dict().items() if not torch.equal(value, before[key])}
+    assert "project_images.weight" in changed
+    assert ("log_temperature" in changed) == (name == "matching_weight")
+    assert ("match_head.weight" in changed) == (name == "contrastive_weight")
+
+
+# --- schedule and optimizer ----------------------------------------------------------------------
+
+
+def test_the_schedule_warms_up_linearly_then_falls_as_a_cosine_to_zero():
+    factors = [_warmup_cosine(step, 10, 110) for step in range(111)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10] == 1 and factors[60] == pytest.approx(0.5) and factors[110] == pytest.approx(0)
+    assert factors[35] == pytest.approx(0.5 * (1 + 2**-0.5))
+    assert all(later < earlier for earlier, later in zip(factors[10:], factors[11:], strict=False))
+
+
+def test_fit_steps_the_schedule_once_a_batch_and_clips_the_gradient(monkeypatch):
+    steps = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *args: object, **kwargs: object) -> object:
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+            steps.append((self.param_groups[0]["lr"], norm))
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    fit(small_mlp(), learnable(40, 0), learnable(20, 1), epochs=5, batch_size=20, learning_rate=0.01, clip=0.05)
+    rates, norms = zip(*steps, strict=True)
+    total = 5 * 4
+    assert rates == pytest.approx([0.01 * _warmup_cosine(step, 2, total) for step in range(total)])
+    assert max(norms) == pytest.approx(0.05, rel=1e-3)
+
+
+@BOTH
+def test_matrices_decay_and_biases_and_the_temperature_do_not(make):
+    losses = _PairLosses(make())
+    losses.fuser.match_head.bias.requires_grad_(False)
+    decaying, free = _weight_groups(losses, 0.3)
+    assert (decaying["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
+    named = {id(parameter): name for name, parameter in losses.named_parameters()}
+    decaying, free = ({named[id(p)] for p in group["params"]} for group in (decaying, free))
+    assert all(name.endswith("weight") for name in decaying) and "fuser.match_head.weight" in decaying
+    assert "fuser.log_temperature" in free and all(name.endswith(("bias", "temperature")) for name in free)
+    assert decaying | free == set(named.values()) - {"fuser.match_head.bias"} and not decaying & free
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+def test_a_batch_holds_each_image_once_and_owners_lead_each_caption_to_its_image():
+    images, captions = torch.arange(5.0)[:, None], torch.arange(9.0)[:, None]
+    owner = [3, 0, 0, 4, 1, 3, 2, 2, 3]
+    batches = PairBatches(PairedFeatures.from_arrays(images, captions, owner))
+    assert len(batches) == 9
+    for indices in ([0, 5, 8], [6, 1, 2, 7], [3], list(range(8, -1, -1))):
+        found_images, found_texts, rows = batches.__getitems__(indices)
+        assert found_texts.flatten().tolist() == indices
+        assert found_images[rows].flatten().tolist() == [owner[j] for j in indices]
+        assert len(found_images) == len({owner[j] for j in indices})
+    single = batches[6]
+    assert [part.tolist() for part in single] == [[[2.0]], [[6.0]], [0]]
+
+
+@BOTH
+def test_the_last_batch_may_be_a_single_pair(make):
+    history = fit(make(), learnable(5, 0), learnable(5, 1), epochs=1, batch_size=9, learning_rate=1e-3)
+    assert np.isfinite(history.column("loss")).all() and np.isfinite(history.column("validation_loss")).all()
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def save(folder, fuser: PairFuser, name: str = "mlp", **changes: object):
+    history = History([{"loss": 1.5, "validation_loss": 2.5}], 0)
+    given = {"thresholds": {"random": 0.25, "hard": -1.5}, "history": history, "weights": {"minilm-l6": "abc"}}
+    return save_checkpoint(folder, fuser, name, mmkit.profile("mini", epochs=3), **(given | changes))
+
+
+@pytest.mark.parametrize(("name", "make"), [("mlp", small_mlp), ("gnn", small_gnn)])
+def test_a_checkpoint_gives_back_the_fuser_and_all_that_was_chosen(name, make, tmp_path, capsys):
+    fuser, features = make(), learnable(10, 0)
+    fuser.standardize_images.fit(features.images())
+    folder = tmp_path / "runs" / "first"
+    assert save(folder, fuser, name) == folder
+    loaded, training = load_checkpoint(folder)
+    assert capsys.readouterr().out == ""
+    assert type(loaded) is type(fuser) and not loaded.training
+    expected = fuser.eval().score(features.images(), features.captions())
+    assert torch.equal(loaded.score(features.images(), features.captions()), expected)
+    assert training["fuser"] == name
+    assert training["thresholds"] == {"random": 0.25, "hard": -1.5}
+    assert training["weights"] == {"minilm-l6": "abc"}
+    assert training["history"] == {"rows": [{"loss": 1.5, "validation_loss": 2.5}], "best_epoch": 0}
+    assert training["profile"]["epochs"] == 3 and not training["profile"].keys() & {"cache", "coco_root"}
+    assert [path.name for path in folder.parent.iterdir()] == ["first"]
+
+
+def test_a_checkpoint_replaces_an_older_one_whole(tmp_path):
+    folder = save(tmp_path / "run", small_gnn(), "gnn")
+    (folder / "notes.txt").write_text("of the older one")
+    save(folder, small_mlp(), "mlp", thresholds={"random": 7.0})
+    fuser, training = load_checkpoint(folder)
+    assert type(fuser) is MultimodalFeatureFuser and training["thresholds"] == {"random": 7.0}
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_a_save_that_fails_leaves_the_older_checkpoint_and_no_litter(tmp_path, monkeypatch):
+    folder = save(tmp_path / "run", small_mlp())
+    fuser = small_mlp()
+    monkeypatch.setattr(fuser, "save_pretrained", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save(folder, fuser, thresholds={"random": 7.0})
+    assert load_checkpoint(folder)[1]["thresholds"]["random"] == 0.25
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(MmkitError, match="holds other files"):
+        save(tmp_path, small_mlp())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert load_checkpoint(save(empty, small_mlp()))[1]["fuser"] == "mlp"
+
+
+def test_loading_what_is_no_checkpoint_names_what_it_lacks(tmp_path):
+    with pytest.raises(MissingFile, match=r"lacks training.json, config.json, model.safetensors"):
+        load_checkpoint(tmp_path / "nowhere")
+    folder = save(tmp_path / "run", small_mlp())
+    (folder / "config.json").unlink()
+    with pytest.raises(MissingFile, match=r"lacks config.json\. Remedy"):
+        load_checkpoint(folder)
+
+
+def test_training_json_names_no_path(tmp_path):
+    content = (save(tmp_path / "run", small_mlp()) / "training.json").read_text()
+    assert str(tmp_path) not in content and str(mmkit.profile("mini").cache) not in content
+    json.loads(content)
