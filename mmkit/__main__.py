@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from mmkit.training import fit_profile
 
 def _settings(arguments: argparse.Namespace) -> mmkit.Profile:
     """The profile that the options name; a COCO folder without a profile means the profile "photos"."""
-    name, root = arguments.profile, arguments.coco_root
+    name, root = arguments.profile or os.environ.get("MMKIT_PROFILE"), arguments.coco_root
     return mmkit.profile(name or ("photos" if root else None), **({"coco_root": root} if root else {}))
 
 
@@ -61,7 +62,13 @@ def scenes(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    dataset = mmkit.load_captions(arguments.folder)
+    try:
+        dataset = mmkit.load_captions(arguments.folder)
+    except mmkit.MissingFile:
+        raise
+    except mmkit.MmkitError as error:
+        print(f"{error}\nThis folder is NOT safe to train on.")
+        return 1
     faults = [*dataset.faults, *mmkit.check_images(dataset)]
     per_image = Counter(Counter(dataset.caption_image.tolist()).values())
     print(f"images             {len(dataset):,}")

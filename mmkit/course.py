@@ -13,6 +13,7 @@ from .errors import MissingFile, MmkitError
 from .profiles import Profile
 
 CELL_TIMEOUT = 900  # seconds; a cell of the default profile takes far less
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")  # of a traceback
 _KEY_FIGURE = re.compile(r"^Key figure: (.+)$", re.MULTILINE)
 
 
@@ -99,7 +100,7 @@ def execute(source: Path, target: Path) -> Executed:
     try:
         client.execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        last = str(error).strip().splitlines()[-1]
+        last = _COLOUR.sub("", str(error)).strip().splitlines()[-1]
         failure = f"{source.name} stopped at its code cell {at}: {last}"
     finally:
         peak = memory.stop()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
@@ -262,7 +263,9 @@ def load_dataset(profile: Profile) -> CaptionDataset:
     """The dataset of a profile: the drawn scenes (drawn now if they are not in the cache) or its COCO folder."""
     if profile.data == "scenes":
         folder = profile.cache / f"scenes-{profile.scene_count}-{profile.scene_seed}"
-        return load_captions(draw_scenes(folder, profile.scene_count, profile.scene_seed))
+        profile.cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):  # two notebooks opened at once draw once
+            return load_captions(draw_scenes(folder, profile.scene_count, profile.scene_seed))
     if profile.coco_root is None:
         raise MissingFile(
             f"The profile {profile.name!r} reads a COCO folder, and none is named. Remedy: set MMKIT_COCO_ROOT "

@@ -163,8 +163,8 @@ def ranks(scores: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _recall(found: Tensor) -> Recall:
-    at = [float((found <= k).double().mean()) for k in (1, 5, 10)]
-    return Recall(*at, median_rank=float(np.median(found.cpu().numpy())))
+    places = found.cpu().numpy()
+    return Recall(*(float((places <= k).mean()) for k in (1, 5, 10)), median_rank=float(np.median(places)))
 
 
 @torch.inference_mode()

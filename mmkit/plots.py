@@ -1,6 +1,7 @@
 """Every figure of the course. Colours tell apart without colour vision (Okabe & Ito 2008); each figure has alt text."""
 
 import base64
+import html
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -45,15 +46,17 @@ def figure(
 
 
 def show(fig: Figure, alt: str) -> None:
-    """Display a figure with alternative text for readers who cannot see it."""
+    """Display a figure, and under it, folded, the same in words.
+
+    The words are the picture's alternative text too; but JupyterLab does not hand that to a screen reader.
+    """
     buffer = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
         fig.savefig(buffer, format="png", dpi=100, facecolor="white")
-    display(
-        {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": alt},
-        metadata={"image/png": {"alt": alt}},
-        raw=True,
-    )
+    picture = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": "Figure"}
+    display(picture, metadata={"image/png": {"alt": alt}}, raw=True)
+    words = f"<details><summary>Figure in words</summary>{html.escape(alt)}</details>"
+    display({"text/html": words, "text/plain": alt}, raw=True)
 
 
 def _picture(axis, image: Image.Image | np.ndarray, title: str = "", width: int = 30, colour: str = "black") -> None:
@@ -104,6 +107,7 @@ def plot_history(history: History, title: str = "Training") -> None:
             label="validation",
         )
         axis.axvline(history.best_epoch + 1, color=GREY, linewidth=1, linestyle=":", label="kept epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(title=f"{title}: {name} loss", xlabel="epoch", ylabel="loss (nats)", ylim=(0, None))
     axes[0].legend()
     last = history.rows[-1]
@@ -303,7 +307,8 @@ def show_graph(
             zorder=1,
         )
     for row, picture in enumerate(images):
-        axis.imshow(np.asarray(picture), extent=(0, 1, -row - 0.42, -row + 0.42), aspect="auto", zorder=2)
+        width = 0.55 * picture.width / picture.height  # of 6.45 units in 9 inches, to keep the aspect
+        axis.imshow(np.asarray(picture), extent=(1 - width, 1, -row - 0.42, -row + 0.42), aspect="auto", zorder=2)
     for row, text in enumerate(captions):
         axis.text(3.05, -row, textwrap.fill(text, 52), va="center", fontsize=9)
     axis.set(xlim=(-0.05, 6.4), ylim=(-max(len(images), len(captions)) + 0.45, 0.55), title=title)

@@ -117,9 +117,8 @@ def profile(name: str | None = None, **changes: object) -> Profile:
     settings = Profile(name=name, cache=_cache_folder(), **_PROFILES[name])  # type: ignore[arg-type]
     if changes.get("coco_root"):  # a folder that is named is read, whatever the profile
         changes = {"data": "folder"} | changes
-    elif settings.data == "folder":
-        changes = changes | {"coco_root": os.environ.get("MMKIT_COCO_ROOT") or None}
     settings = replace(settings, **changes)  # type: ignore[arg-type]
-    if settings.coco_root is not None:
-        settings = replace(settings, coco_root=resolve_coco_root(settings.coco_root))
+    root = settings.coco_root or os.environ.get("MMKIT_COCO_ROOT")
+    if settings.data == "folder" and root:
+        settings = replace(settings, coco_root=resolve_coco_root(root))
     return settings

@@ -77,11 +77,12 @@ class _PairLosses(nn.Module):
 
     def forward(self, images: Tensor, texts: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
         image_nodes, text_nodes = self.fuser.nodes(images, texts)
-        image_nodes = image_nodes[owner]
+        image_nodes = image_nodes.index_select(0, owner)  # whose backward, unlike indexing's, adds in a fixed order
         contrastive = contrastive_loss(image_nodes, text_nodes, self.fuser.log_temperature, owner)
         image_rows, text_rows = sample_negatives(image_nodes, text_nodes, owner)
         logits = self.fuser.match(
-            torch.cat([image_nodes, image_nodes[image_rows]]), torch.cat([text_nodes, text_nodes[text_rows]])
+            torch.cat([image_nodes, image_nodes.index_select(0, image_rows)]),
+            torch.cat([text_nodes, text_nodes.index_select(0, text_rows)]),
         )
         matched = torch.arange(len(logits), device=logits.device) < len(owner)
         return contrastive, matching_loss(logits, matched)

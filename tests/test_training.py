@@ -1,5 +1,6 @@
 """The training loop on features that can be learnt, on pure noise and on broken ones, and its checkpoints."""
 
+import itertools
 import json
 
 import numpy as np
@@ -29,21 +30,25 @@ from mmkit.training import PairBatches, _PairLosses, _warmup_cosine, _weight_gro
 IMAGE_DIM, TEXT_DIM, CAPTIONS = 24, 16, 2
 
 
-def learnable(images: int, seed: int) -> PairedFeatures:
-    """Images and captions that are two linear views of the same six hidden numbers, with a little noise."""
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors as small as these gain nothing from threads, and lose much on a busy processor."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield threads
+    torch.set_num_threads(threads)
+
+
+def learnable(images: int, seed: int, noise: float = 0.2) -> PairedFeatures:
+    """Images and captions that are two linear views of the same six hidden numbers, with some noise."""
     views = torch.Generator().manual_seed(123)
     to_image, to_text = (torch.randn(6, dim, generator=views) for dim in (IMAGE_DIM, TEXT_DIM))
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(images, 6, generator=generator)
     owner = torch.arange(images).repeat_interleave(CAPTIONS)
-
-    def noise(rows: int, dim: int) -> Tensor:
-        return 0.2 * torch.randn(rows, dim, generator=generator)
-
-    pictures = 5 * (hidden @ to_image + noise(images, IMAGE_DIM)) + 40
-    return PairedFeatures.from_arrays(
-        pictures, hidden[owner] @ to_text + noise(len(owner), TEXT_DIM), owner[torch.arange(len(owner))]
-    )
+    pictures = hidden @ to_image + noise * torch.randn(images, IMAGE_DIM, generator=generator)
+    captions = hidden[owner] @ to_text + noise * torch.randn(len(owner), TEXT_DIM, generator=generator)
+    return PairedFeatures.from_arrays(5 * pictures + 40, captions, owner)
 
 
 def with_nan(features: PairedFeatures) -> PairedFeatures:
@@ -126,6 +131,18 @@ def test_a_fuser_that_leaks_the_index_is_caught_by_both_checks():
     assert permutation_gap(small_mlp((10, 8)), images, texts) < 1e-4
 
 
+def test_one_graph_for_both_modalities_is_caught_as_a_leak():
+    class OneGraph(MultimodalGNN):
+        def nodes(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+            image_nodes = self.image_graph(self.project_images(images), images)
+            return unit_scale(image_nodes), unit_scale(self.text_graph(self.project_texts(texts), images))
+
+    images, texts = (torch.randn(20, dim, generator=torch.Generator().manual_seed(0)) for dim in (10, 8))
+    torch.manual_seed(0)
+    assert permutation_gap(OneGraph(10, 8, 32, heads=4), images, texts) > 0.05
+    assert permutation_gap(small_gnn((10, 8)), images, texts) < 1e-4
+
+
 def test_features_are_standardised_by_the_training_set_alone():
     train, validation = learnable(50, 0), learnable(20, 1)
     fuser = small_mlp()
@@ -172,7 +189,7 @@ def test_build_fuser_draws_the_weights_from_the_profiles_seed():
 
 
 def test_an_unknown_fuser_lists_the_valid_names():
-    with pytest.raises(MmkitError, match="'mlpp'.*mlp, gnn"):
+    with pytest.raises(MmkitError, match=r"'mlpp'.*mlp, gnn"):
         mmkit.build_fuser("mlpp", mmkit.profile("mini"), 24, 16)
 
 
@@ -204,8 +221,8 @@ def test_nan_in_the_validation_features_stops_too(make):
         fit(make(), learnable(40, 0), with_nan(learnable(20, 1)), epochs=2, **QUICK)
 
 
-def test_a_learning_rate_that_diverges_stops_with_the_step_and_advice():
-    with pytest.raises(MmkitError, match=r"in epoch \d+, step \d+.*learning_rate"):
+def test_a_learning_rate_that_diverges_stops_with_the_epoch_and_advice():
+    with pytest.raises(MmkitError, match=r"epoch \d+.*learning_rate"):
         fit(small_mlp(), learnable(40, 0), learnable(20, 1), epochs=20, **(QUICK | {"learning_rate": 1e30}))
 
 
@@ -217,10 +234,11 @@ def test_fit_flushes_denormals():
     assert (torch.tensor([1e-40]) * 1 == 0).all()
 
 
-def test_denormals_are_flushed_on_all_threads():
+def test_denormals_are_flushed_on_all_threads(one_thread):
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush denormals")
-    torch.ones(4_000_000).mul_(2)  # on all threads
+    torch.set_num_threads(one_thread)
+    torch.ones(4_000_000).mul_(2)  # starts the other threads
     fit(small_mlp(), learnable(20, 0), learnable(10, 1), epochs=1, **QUICK)
     assert (torch.full((4_000_000,), 1e-40) * 1).count_nonzero() == 0
 
@@ -229,11 +247,11 @@ def test_denormals_are_flushed_on_all_threads():
 
 
 def test_the_kept_weights_are_those_of_the_lowest_validation_loss():
-    train, validation = learnable(12, 0), learnable(40, 1)
+    train, validation = learnable(12, 0, noise=3.0), learnable(40, 1)
     fuser = small_mlp(dropout=0.0)
-    history = fit(fuser, train, validation, epochs=12, batch_size=8, learning_rate=0.05, weight_decay=0.0, seed=2)
+    history = fit(fuser, train, validation, epochs=12, batch_size=8, learning_rate=0.01, weight_decay=0.0, seed=2)
     losses = history.column("validation_loss")
-    assert losses[history.best_epoch] == min(losses) < losses[-1]
+    assert losses[history.best_epoch] == min(losses) < losses[-1] - 0.1
     contrastive, matching = validation_losses(fuser, validation, 8, 2)
     assert contrastive + matching == pytest.approx(min(losses), rel=1e-5)
 
@@ -278,7 +296,7 @@ def test_the_schedule_warms_up_linearly_then_falls_as_a_cosine_to_zero():
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert factors[10] == 1 and factors[60] == pytest.approx(0.5) and factors[110] == pytest.approx(0)
     assert factors[35] == pytest.approx(0.5 * (1 + 2**-0.5))
-    assert all(later < earlier for earlier, later in zip(factors[10:], factors[11:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(factors[10:]))
 
 
 def test_fit_steps_the_schedule_once_a_batch_and_clips_the_gradient(monkeypatch):

@@ -1,0 +1,282 @@
+"""Every command as a user types it, from drawing scenes to one JSON object."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mmkit
+from mmkit.__main__ import _parser, main
+
+COMMANDS = ("scenes", "check", "extract", "train", "evaluate", "run")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(tmp_path_factory):
+    """A cache of its own, and none of the user's settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for name in ("MMKIT_PROFILE", "MMKIT_COCO_ROOT"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    assert main(["scenes", str(folder), "--count", "80"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(coco, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    found = {name: folder / name for name in mmkit.FUSERS}
+    for name, out in found.items():
+        options = ["--coco-root", str(coco), "--fuser", name, "--epochs", "2", "--out", str(out)]
+        assert main(["train", *options]) == 0
+    return found
+
+
+@pytest.fixture
+def three_scenes(tmp_path) -> Path:
+    return mmkit.draw_scenes(tmp_path / "three", 3)
+
+
+@pytest.fixture
+def copied(checkpoints, tmp_path) -> Path:
+    return Path(shutil.copytree(checkpoints["mlp"], tmp_path / "copied"))
+
+
+def in_a_process(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mmkit", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def change(checkpoint: Path, **values: object) -> None:
+    file = checkpoint / "training.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def refused(capsys, *arguments: object) -> str:
+    """The message on standard error of a command that exits with 2 and prints nothing else."""
+    assert main([str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("mmkit: ") and "Traceback" not in said.err
+    return said.err
+
+
+def evaluated(capsys, *arguments: object) -> dict:
+    assert main(["evaluate", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+# --- scenes and check ----------------------------------------------------------------------------
+
+
+def test_drawn_scenes_pass_the_check(coco, capsys):
+    assert main(["check", str(coco)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"images +80\n", said) and re.search(r"captions +400\n", said) and re.search(r"faults +0\n", said)
+    assert "safe to train on" in said and "NOT" not in said
+
+
+def test_a_missing_picture_fails_the_check(three_scenes, capsys):
+    picture = sorted((three_scenes / "scenes").iterdir())[1]
+    picture.unlink()
+    assert main(["check", str(three_scenes)]) == 1
+    said = capsys.readouterr().out
+    assert picture.name in said and "missing" in said and "NOT safe" in said
+
+
+def test_a_truncated_picture_fails_the_check_with_exit_status_1(three_scenes):
+    picture = sorted((three_scenes / "scenes").iterdir())[1]
+    picture.write_bytes(picture.read_bytes()[:2000])
+    done = in_a_process("check", three_scenes)
+    assert done.returncode == 1
+    assert picture.name in done.stdout and "cannot be decoded" in done.stdout and "NOT safe" in done.stdout
+
+
+def test_check_shows_as_many_faults_as_asked(three_scenes, capsys):
+    for picture in sorted((three_scenes / "scenes").iterdir())[1:]:
+        picture.unlink()
+    assert main(["check", str(three_scenes), "--show", "1"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("picture file is missing") == 1 and "1 more (--show 2)" in said
+
+
+# --- train and evaluate --------------------------------------------------------------------------
+
+
+def assert_is_a_report(report: dict) -> None:
+    assert report["sizes"] == {"images": 80, "captions": 400}
+    fractions = []
+    for kind in ("random", "hard"):
+        fractions += [report["matching"][kind][name] for name in ("accuracy", "f1", "roc_auc")]
+    for direction in ("image_to_text", "text_to_image"):
+        recalls = [report["retrieval"][direction][name] for name in ("r1", "r5", "r10")]
+        assert recalls == sorted(recalls)
+        fractions += recalls
+    assert all(isinstance(value, float) and 0 <= value <= 1 for value in fractions)
+
+
+@pytest.mark.parametrize("name", mmkit.FUSERS)
+def test_evaluate_prints_one_json_object_and_the_same_one_again(name, checkpoints, coco, capsys):
+    options = (checkpoints[name], "--coco-root", coco, "--split", "all")
+    report = evaluated(capsys, *options)
+    assert_is_a_report(report)
+    assert report["matching"]["random"]["roc_auc"] > 0.6
+    assert evaluated(capsys, *options) == report
+
+
+def test_evaluate_in_a_process_of_its_own_prints_nothing_beside_the_object(checkpoints, coco, capsys):
+    options = (checkpoints["mlp"], "--coco-root", coco, "--split", "all")
+    done = in_a_process("evaluate", *options, "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    report, expected = json.loads(done.stdout), evaluated(capsys, *options)
+    assert_is_a_report(report)
+    for kind, row in expected["matching"].items():
+        assert report["matching"][kind] == pytest.approx(row, abs=1e-3)
+
+
+def test_evaluate_without_json_prints_the_same_figures(checkpoints, coco, capsys):
+    options = [str(checkpoints["mlp"]), "--coco-root", str(coco), "--split", "all"]
+    report = evaluated(capsys, *options)
+    assert main(["evaluate", *options]) == 0
+    said = capsys.readouterr().out
+    assert "80 images, 400 captions" in said
+    assert f"accuracy {report['matching']['hard']['accuracy']:.3f}" in said
+    assert f"R@5 {report['retrieval']['text_to_image']['r5']:.3f}" in said
+
+
+def test_the_splits_share_no_image_and_make_up_the_whole(checkpoints, coco, capsys):
+    options = (checkpoints["mlp"], "--coco-root", coco)
+    sizes = {
+        split: evaluated(capsys, *options, "--split", split)["sizes"]["images"] for split in ("train", "val", "test")
+    }
+    assert sizes == {"train": 60, "val": 8, "test": 12}
+    assert evaluated(capsys, *options)["sizes"]["images"] == 12
+
+
+def test_evaluate_uses_the_thresholds_of_the_checkpoint(copied, coco, capsys):
+    change(copied, thresholds={"random": 1e9, "hard": -1e9})
+    report = evaluated(capsys, copied, "--coco-root", coco, "--split", "all")
+    assert report["matching"]["random"]["accuracy"] == report["matching"]["hard"]["accuracy"] == 0.5
+    assert report["matching"]["random"]["f1"] == 0
+    assert report["matching"]["hard"]["f1"] == pytest.approx(2 / 3)
+
+
+def test_train_keeps_what_was_asked_in_the_checkpoint(checkpoints):
+    for name, folder in checkpoints.items():
+        _, training = mmkit.load_checkpoint(folder)
+        assert training["fuser"] == name and len(training["history"]["rows"]) == 2
+        assert training["profile"]["name"] == "photos" and training["profile"]["epochs"] == 2
+        assert training["weights"].keys() == {"efficientnet-lite0", "minilm-l6"}
+
+
+def test_the_environment_names_the_folder_for_a_checkpoint_of_any_profile(copied, coco, capsys, monkeypatch):
+    options = ["--profile", "mini", "--coco-root", str(coco), "--epochs", "1", "--out", str(copied)]
+    assert main(["train", *options]) == 0
+    capsys.readouterr()
+    monkeypatch.setenv("MMKIT_COCO_ROOT", str(coco))
+    assert evaluated(capsys, copied, "--split", "all")["sizes"]["images"] == 80
+
+
+def test_extract_prints_the_shapes_of_the_features(coco, capsys):
+    assert main(["extract", "--coco-root", str(coco)]) == 0
+    said = capsys.readouterr().out
+    assert "(80, 1280)" in said and "(400, 384)" in said
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_an_unknown_profile_lists_the_valid_ones(tmp_path, capsys):
+    for command in (["extract"], ["train", "--out", tmp_path / "run"]):
+        said = refused(capsys, *command, "--profile", "minni")
+        assert "'minni'" in said and "mini, photos, coco" in said
+
+
+def test_an_unknown_fuser_lists_the_valid_ones_before_anything_is_done(coco, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(mmkit, "load_encoders", lambda *_: pytest.fail("encoders were loaded"))
+    said = refused(capsys, "train", "--fuser", "mlpp", "--coco-root", coco, "--out", tmp_path / "run")
+    assert "'mlpp'" in said and "mlp, gnn" in said
+
+
+def test_a_coco_folder_that_is_missing_is_named_with_the_variable_that_sets_it(tmp_path, capsys):
+    said = refused(capsys, "extract", "--coco-root", tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in said and "MMKIT_COCO_ROOT" in said
+    said = refused(capsys, "train", "--coco-root", tmp_path, "--out", tmp_path / "run")
+    assert str(tmp_path) in said and "captions_*.json" in said and "MMKIT_COCO_ROOT" in said
+    assert str(tmp_path / "nowhere") in refused(capsys, "check", tmp_path / "nowhere")
+
+
+def test_the_photos_profile_without_a_folder_says_what_to_set(capsys):
+    said = refused(capsys, "extract", "--profile", "photos")
+    assert "'photos'" in said and "MMKIT_COCO_ROOT" in said and "--coco-root" in said
+
+
+def test_a_folder_that_is_no_checkpoint_is_named_with_what_it_lacks(tmp_path, capsys):
+    said = refused(capsys, "evaluate", tmp_path)
+    assert str(tmp_path) in said and "training.json" in said and "mmkit train" in said
+
+
+def test_a_checkpoint_of_other_encoder_weights_is_refused(copied, coco, capsys):
+    change(copied, weights={"efficientnet-lite0": "0", "minilm-l6": "0"})
+    assert "other encoder weights" in refused(capsys, "evaluate", copied, "--coco-root", coco)
+
+
+def test_a_folder_too_small_to_split_is_refused_with_the_split_and_its_size(three_scenes, tmp_path, capsys):
+    said = refused(capsys, "train", "--coco-root", three_scenes, "--out", tmp_path / "run")
+    assert "split val has 0 images" in said and not (tmp_path / "run").exists()
+
+
+def test_train_leaves_a_folder_with_other_files_alone(coco, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    said = refused(capsys, "train", "--coco-root", coco, "--epochs", "1", "--out", tmp_path)
+    assert "holds other files" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_scenes_are_not_drawn_over_other_files(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert "holds other files" in refused(capsys, "scenes", tmp_path, "--count", "2")
+    assert "count is 0" in refused(capsys, "scenes", tmp_path / "new", "--count", "0")
+
+
+def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path, capsys, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mmkit, "draw_scenes", interrupt)
+    assert main(["scenes", str(tmp_path / "new")]) == 130
+    said = capsys.readouterr()
+    assert said.out == "" and "interrupted" in said.err
+
+
+# --- help ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example_that_the_parser_takes(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    example = re.search(r"example: python -m mmkit ([^\n]+(?:\n.+)*)", capsys.readouterr().out).group(1).split()
+    assert example[0] == command
+    assert _parser().parse_args(example).command.__name__ == command
+
+
+def test_help_names_every_command_and_none_is_an_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0 and all(re.search(rf"^ +{command} ", said, re.MULTILINE) for command in COMMANDS)
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2 and capsys.readouterr().out == ""
