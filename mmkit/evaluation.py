@@ -65,8 +65,8 @@ def negative_pairs(features: PairedFeatures, kind: str, seed: int = 0) -> tuple[
     if kind not in NEGATIVES:
         raise MmkitError(f"No negatives {kind!r}. Valid names: {', '.join(NEGATIVES)}")
     owner, n = features.owner, len(features.image_rows)
-    if n < 2:
-        raise MmkitError("Unmatched pairs need at least two images.")
+    if len(owner.unique()) < 2:
+        raise MmkitError("Unmatched pairs need captions of at least two images.")
     captions = torch.arange(len(owner))
     if kind == "random":
         shift = torch.randint(1, n, (len(owner),), generator=torch.Generator().manual_seed(seed))
@@ -126,7 +126,7 @@ def matching_report(
         logits, labels = matching_logits(fuser, features, kind, seed)
         if not torch.isfinite(logits).all():
             raise MmkitError("The fuser's logits hold NaN or infinity; it cannot be evaluated.")
-        called = logits > thresholds[kind]
+        called = logits.double() > thresholds[kind]  # a threshold may lie between two neighbouring float32
         report[kind] = Matching(
             negatives=kind,
             accuracy=float((called == labels.bool()).double().mean()),

@@ -22,7 +22,7 @@ from .preprocess import MultimodalPreprocessor
 from .progress import progress
 
 # small batches keep a CPU's activations in cache; captions are short
-_IMAGE_BATCH = {"cpu": 8, "cuda": 128}
+_IMAGE_BATCH = {"cpu": 4, "cuda": 128}
 _CAPTION_BATCH = {"cpu": 64, "cuda": 512}
 _SAVE_EVERY = 32  # batches between two marks from which an interrupted extraction goes on
 _ARRAYS = ("images.npy", "captions.npy")
@@ -161,7 +161,7 @@ class _Unfinished:
 
 
 def _encode_images(dataset: CaptionDataset, encoders: Encoders, work: _Unfinished) -> None:
-    array, size = work.arrays["images.npy"], _IMAGE_BATCH.get(encoders.image.device.type, 8)
+    array, size = work.arrays["images.npy"], _IMAGE_BATCH.get(encoders.image.device.type, 4)
     batches, first = -(-len(dataset) // size), work.done["images.npy"]
     pixels = _pixels(dataset, encoders.preprocessor, first * size, size)
     for batch in progress(range(first, batches), "image features", unit="batches"):

@@ -52,6 +52,7 @@ def sample_negatives(image_nodes: Tensor, text_nodes: Tensor, owner: Tensor) -> 
     if not len(rows):
         return rows, rows
     similarity = F.normalize(image_nodes, dim=-1) @ F.normalize(text_nodes, dim=-1).T / 0.07
+    similarity = similarity.nan_to_num()  # the losses report what is not finite; sampling must not fail before them
     random = other[rows].float()
     hard_texts = similarity.masked_fill(~other, -torch.inf)[rows].softmax(dim=1)
     hard_images = similarity.T.masked_fill(~other, -torch.inf)[rows].softmax(dim=1)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +25,10 @@ from .graphs import MultimodalGNN
 from .losses import contrastive_loss, matching_loss, sample_negatives
 from .profiles import Profile
 from .progress import progress
+
+# Denormals late in training make a CPU many times slower. Worker threads take the setting when they start, so it is
+# made here, before the first parallel operation, and not in `fit`.
+torch.set_flush_denormal(True)
 
 FUSERS: dict[str, type[PairFuser]] = {"mlp": MultimodalFeatureFuser, "gnn": MultimodalGNN}
 
@@ -136,7 +141,6 @@ def fit(
     clipped to norm `clip`. Input features are standardised by the training set's statistics. The device and
     the processes are Accelerate's. A loss that is not finite stops with the step and advice.
     """
-    torch.set_flush_denormal(True)  # denormals late in training make a CPU many times slower
     set_seed(seed)
     rows = torch.randperm(len(train.image_rows))[:20_000]
     fuser.check_sizes(train.images(rows[:1]), train.captions(slice(0, 1)))
@@ -174,6 +178,8 @@ def fit(
         held_out = validation_losses(fuser, validation, batch_size, seed)
         row |= {f"validation_{name}": value for name, value in zip(("contrastive", "matching"), held_out, strict=True)}
         row["validation_loss"] = contrastive_weight * held_out[0] + matching_weight * held_out[1]
+        if not math.isfinite(row["validation_loss"]):
+            raise MmkitError(f"The validation loss is {row['validation_loss']}. Remedy: look for NaN in its features.")
         history.rows.append(row)
         if row["validation_loss"] <= min(history.column("validation_loss")):
             history.best_epoch, best = epoch, copy.deepcopy(fuser.state_dict())

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -93,6 +94,13 @@ def test_karpathys_splits_are_kept_and_restval_is_train(tmp_path, path):
 def test_karpathys_file_is_preferred_to_coco_annotations(tmp_path):
     write_coco(tmp_path)
     assert len(load_captions(write_karpathy(tmp_path, ["train"]))) == 1
+
+
+def test_captions_of_an_image_stay_in_the_order_of_the_file(tmp_path):
+    content = coco_content((1, 2), captions=3)
+    content["annotations"].reverse()
+    dataset = load_captions(write_coco(tmp_path, content))
+    assert dataset.captions_of(1) == ["Caption 2 of 2.", "Caption 1 of 2.", "Caption 0 of 2."]
 
 
 def test_captions_lose_stray_white_space(tmp_path):
@@ -452,6 +460,12 @@ def test_the_fingerprint_changes_with_the_content(tmp_path, change):
     change(content, root)
     annotations_file(root).write_text(json.dumps(content))
     assert load_captions(root).fingerprint() != before
+
+
+def test_the_fingerprint_changes_with_the_owner_of_a_caption(dataset):
+    owners = dataset.caption_image.copy()
+    owners[4] = 1
+    assert dataclasses.replace(dataset, caption_image=owners).fingerprint() != dataset.fingerprint()
 
 
 def test_the_fingerprint_of_a_part_is_another(dataset):

@@ -380,6 +380,15 @@ def test_captions_stand_in_the_order_of_the_selected_dataset(store, dataset, row
     np.testing.assert_array_equal(part.captions().numpy(), store.caption_features[captions].astype(np.float32))
 
 
+def test_images_may_have_different_numbers_of_captions(dataset, tmp_path):
+    data = dataclasses.replace(
+        dataset.select([0, 1, 2]), captions=dataset.captions[:6], caption_image=np.array([0, 1, 1, 2, 2, 2])
+    )
+    store = extract(data, tmp_path)
+    assert store.select([0, 2]).owner.tolist() == [0, 1, 1, 1]
+    assert torch.equal(store.select([0, 2]).captions(), store.select().captions([0, 3, 4, 5]))
+
+
 def test_everything_is_selected_by_default(store, dataset):
     part = store.select()
     assert part.images().shape == (60, 1280) and part.captions().shape == (300, 384)
