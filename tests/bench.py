@@ -68,7 +68,8 @@ def measure(contest: Contest, rounds: int) -> Entry:
     if contest.unit != "s":
         ours, baseline = 1 / ours, 1 / baseline
     ours, baseline = (float(f"{value:.4g}") for value in (ours, baseline))
-    return Entry(contest.name, round(ratio, 2), ours, baseline, contest.unit, contest.what)
+    what = f"{contest.what}; torch threads: {torch.get_num_threads()}"
+    return Entry(contest.name, round(ratio, 2), ours, baseline, contest.unit, what)
 
 
 class InMemory:
@@ -249,7 +250,7 @@ def main() -> None:
         print(f"{entry.name:<28} {entry.ratio:>6.2f}× {entry.ours:>9.4g} {entry.baseline:>9.4g} {entry.unit}")
     for entry in entries:
         print(f"\n{entry.name}: {entry.what}.")
-    print(f"\ntorch threads: {arguments.threads}; {time.perf_counter() - start:.0f} s; written to {arguments.out}")
+    print(f"\n{time.perf_counter() - start:.0f} s; written to {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 import dataclasses
 import json
+import threading
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mmkit import MissingFile, MmkitError, check_images, load_captions, load_dataset, profile
+from mmkit import MissingFile, MmkitError, check_images, load_captions, load_dataset, profile, scenes
 from mmkit.data import open_image, to_rgb
 
 
@@ -475,11 +477,42 @@ def test_the_fingerprint_of_a_part_is_another(dataset):
 def test_a_profile_of_scenes_draws_them_once(tmp_path):
     settings = profile("mini", cache=tmp_path, scene_count=4, scene_seed=2)
     first = load_dataset(settings)
-    drawn = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert len(first) == 4
+    drawn = {path: path.stat().st_mtime_ns for path in first.root.rglob("*")}
+    assert len(first) == 4 and len(drawn) == 7
     assert load_dataset(settings).fingerprint() == first.fingerprint()
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == drawn
+    assert {path: path.stat().st_mtime_ns for path in first.root.rglob("*")} == drawn
     assert len(load_dataset(profile("mini", cache=tmp_path, scene_count=5))) == 5
+
+
+def test_two_that_want_the_same_scenes_both_get_them(tmp_path, monkeypatch):
+    meet, write, results = threading.Barrier(2, timeout=0.3), scenes.write_captions, []
+    settings = profile("mini", cache=tmp_path, scene_count=3)
+
+    def write_together(scene, rng):
+        with suppress(threading.BrokenBarrierError):  # one may wait until the other has drawn
+            meet.wait()
+        return write(scene, rng)
+
+    def load():
+        try:
+            results.append(load_dataset(settings))
+        except OSError as error:
+            results.append(error)
+
+    monkeypatch.setattr(scenes, "write_captions", write_together)
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results[0].fingerprint() == results[1].fingerprint()
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [results[0].root]
+
+
+def test_a_cache_that_cannot_hold_scenes_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(MmkitError, match="MMKIT_CACHE"):
+        load_dataset(profile("mini", cache=tmp_path / "file" / "cache", scene_count=2))
 
 
 def test_a_profile_of_a_folder_reads_it(tmp_path):

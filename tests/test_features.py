@@ -26,9 +26,6 @@ from mmkit import (
 )
 from mmkit.preprocess import packaged_tokenizer
 
-# batches of the drawn scenes: 60 images by 8; how many of captions depends on how many are distinct
-IMAGE_BATCHES = 8
-
 
 def tiny_encoders(seed=0, pooling="mean", max_tokens=32, squash=False):
     """Real encoder classes around backbones that cost next to nothing."""
@@ -78,12 +75,12 @@ def forbid_encoding(monkeypatch):
 
 @pytest.fixture(scope="module")
 def undisturbed(dataset, tmp_path_factory):
-    """The cache of an extraction that nothing disturbed, its arrays, and its number of caption batches."""
+    """The cache of an extraction that nothing disturbed, its arrays, and its numbers of batches."""
     cache = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        batches = counted(monkeypatch, TextEncoder)
+        images, captions = counted(monkeypatch, ImageEncoder), counted(monkeypatch, TextEncoder)
         extract(dataset, cache)
-    return cache, array_bytes(cache), len(batches)
+    return cache, array_bytes(cache), (len(images), len(captions))
 
 
 # --- what is stored --------------------------------------------------------------------------
@@ -246,7 +243,7 @@ def test_a_damaged_store_is_made_again(dataset, tmp_path, undisturbed, damage):
 def test_an_interrupted_extraction_goes_on_and_ends_in_the_same_bytes(
     dataset, tmp_path, undisturbed, monkeypatch, kind, done, save_every
 ):
-    _, expected, caption_batches = undisturbed
+    _, expected, (image_batches, caption_batches) = undisturbed
     monkeypatch.setattr(features, "_SAVE_EVERY", save_every)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         counted(patch, kind, stop_after=done)
@@ -257,7 +254,7 @@ def test_an_interrupted_extraction_goes_on_and_ends_in_the_same_bytes(
     assert array_bytes(tmp_path) == expected
     kept = done - done % save_every
     in_images = kind is ImageEncoder
-    assert len(images) == (IMAGE_BATCHES - kept if in_images else 0)
+    assert len(images) == (image_batches - kept if in_images else 0)
     assert len(captions) == (caption_batches if in_images else caption_batches - kept)
 
 
@@ -324,7 +321,7 @@ def test_two_that_ask_at_once_make_one_store(dataset, tmp_path, undisturbed, mon
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(batches) == IMAGE_BATCHES
+    assert len(batches) == undisturbed[2][0]
     assert len(stores_made) == 2
     assert (stores_made[0].image_features == stores_made[1].image_features).all()
     assert array_bytes(tmp_path) == undisturbed[1]

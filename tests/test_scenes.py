@@ -1,7 +1,5 @@
 import json
 import re
-import threading
-from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -356,31 +354,6 @@ def test_interrupted_drawing_leaves_nothing_behind(tmp_path, monkeypatch):
         draw_scenes(tmp_path / "scenes", 5)
     assert len(drawn) == 3
     assert list(tmp_path.iterdir()) == []
-
-
-def test_two_that_draw_the_same_folder_both_get_it(tmp_path, monkeypatch):
-    meet, write = threading.Barrier(2, timeout=0.5), scenes.write_captions
-    results = []
-
-    def write_together(scene, rng):
-        with suppress(threading.BrokenBarrierError):  # one may wait until the other has drawn
-            meet.wait()
-        return write(scene, rng)
-
-    def draw():
-        try:
-            results.append(draw_scenes(tmp_path / "scenes", 3))
-        except OSError as error:
-            results.append(error)
-
-    monkeypatch.setattr(scenes, "write_captions", write_together)
-    threads = [threading.Thread(target=draw) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [tmp_path / "scenes"] * 2
-    assert [path.name for path in tmp_path.iterdir()] == ["scenes"]
 
 
 def test_captions_of_a_scene_change_with_its_facts():
