@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from .errors import MissingFile, MmkitError
@@ -39,7 +39,7 @@ def open_image(path: str | Path) -> Image.Image:
             return to_rgb(image)
     except FileNotFoundError:
         raise MissingFile(f"There is no picture {path}.") from None
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MmkitError(f"The picture {path} cannot be decoded ({error}). Remedy: bring the file again.") from None
 
 
@@ -263,7 +263,12 @@ def load_dataset(profile: Profile) -> CaptionDataset:
     """The dataset of a profile: the drawn scenes (drawn now if they are not in the cache) or its COCO folder."""
     if profile.data == "scenes":
         folder = profile.cache / f"scenes-{profile.scene_count}-{profile.scene_seed}"
-        profile.cache.mkdir(parents=True, exist_ok=True)
+        try:
+            profile.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MmkitError(
+                f"Scenes cannot be written to {profile.cache} ({error.strerror}). Remedy: set MMKIT_CACHE."
+            ) from None
         with FileLock(folder.with_suffix(".lock")):  # two notebooks opened at once draw once
             return load_captions(draw_scenes(folder, profile.scene_count, profile.scene_seed))
     if profile.coco_root is None:

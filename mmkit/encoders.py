@@ -77,10 +77,11 @@ class ImageEncoder(_Frozen):
         super().__init__(name, backbone.to(memory_format=torch.channels_last), dim)
         self.transform = transform
 
-    @torch.inference_mode()
     def forward(self, pixels: Tensor) -> ImageOutput:
-        pixels = pixels.to(self.device, memory_format=torch.channels_last)
-        grid = self.backbone(pixels).float()
+        with torch.inference_mode():
+            pixels = pixels.to(self.device, memory_format=torch.channels_last)
+            grid = self.backbone(pixels).float()
+        grid = grid.clone()  # an ordinary tensor, on which a layer can be trained
         return ImageOutput(grid.mean(dim=(2, 3)), grid)
 
 
@@ -99,10 +100,11 @@ class TextEncoder(_Frozen):
         super().__init__(name, backbone, dim)
         self.tokenizer, self.pooling = tokenizer, pooling
 
-    @torch.inference_mode()
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> TextOutput:
         input_ids, mask = input_ids.to(self.device), attention_mask.to(self.device)
-        tokens = self.backbone(input_ids=input_ids, attention_mask=mask).last_hidden_state.float()
+        with torch.inference_mode():
+            tokens = self.backbone(input_ids=input_ids, attention_mask=mask).last_hidden_state.float()
+        tokens = tokens.clone()
         if self.pooling == "cls":
             pooled = tokens[:, 0]
         else:

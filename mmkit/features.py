@@ -100,10 +100,10 @@ class FeatureStore:
     def select(self, images: Sequence[int] | np.ndarray | None = None) -> PairedFeatures:
         """The features of the images at these positions (default: all) with all their captions."""
         rows = np.arange(len(self.image_ids)) if images is None else np.asarray(images)
-        place = np.full(len(self.image_ids), -1)
-        place[rows] = np.arange(len(rows))
-        captions = np.flatnonzero(place[self.caption_image] >= 0)
-        owner = torch.from_numpy(place[self.caption_image[captions]])
+        by_image = np.argsort(self.caption_image, kind="stable")
+        bounds = np.searchsorted(self.caption_image[by_image], [rows, rows + 1])
+        captions = np.concatenate([by_image[:0], *(by_image[first:last] for first, last in bounds.T)])
+        owner = torch.from_numpy(np.repeat(np.arange(len(rows)), bounds[1] - bounds[0]))
         return PairedFeatures(self.image_features, self.caption_features, rows, captions, owner, self.image_ids[rows])
 
 
@@ -137,15 +137,18 @@ class _Unfinished:
     """The half-written folder of an extraction: arrays, and a mark of the batches that are safely in them."""
 
     def __init__(self, folder: Path, shapes: dict[str, tuple[int, int]]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._mark = folder / "done.json"
-        self.done = json.loads(self._mark.read_text()) if self._mark.exists() else dict.fromkeys(shapes, 0)
-        self.arrays = {
-            name: np.lib.format.open_memmap(
-                folder / name, mode="r+" if self._mark.exists() else "w+", dtype=np.float16, shape=shape
-            )
-            for name, shape in shapes.items()
-        }
+        try:
+            self.done = json.loads(self._mark.read_text())
+            self.arrays = {name: np.lib.format.open_memmap(folder / name, mode="r+") for name in shapes}
+        except (OSError, ValueError):  # not begun, or not usable
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            self.done = dict.fromkeys(shapes, 0)
+            self.arrays = {
+                name: np.lib.format.open_memmap(folder / name, mode="w+", dtype=np.float16, shape=shape)
+                for name, shape in shapes.items()
+            }
         self._save()
 
     def advance(self, name: str, last: bool) -> None:
@@ -195,7 +198,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         return all(_sha256(folder / name) == manifest["sha256"][name] for name in _ARRAYS)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

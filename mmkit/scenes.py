@@ -292,11 +292,11 @@ def draw_scenes(folder: str | Path, count: int = 1500, seed: int = 0) -> Path:
         raise MmkitError(f"count is {count}; a dataset needs at least one scene.")
     made_from = {"description": "Scenes drawn from OpenMoji (CC BY-SA 4.0)", "version": _VERSION, "seed": seed}
     captions_file = folder / "annotations" / "captions_scenes.json"
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         try:
             there = json.loads(captions_file.read_text(encoding="utf-8"))
             same = there["info"] == made_from and len(there["images"]) == count
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             same = False
         if not same:
             raise MmkitError(f"{folder} holds other files. Remedy: name a new folder, or delete this one.")

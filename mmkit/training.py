@@ -179,7 +179,10 @@ def fit(
         row |= {f"validation_{name}": value for name, value in zip(("contrastive", "matching"), held_out, strict=True)}
         row["validation_loss"] = contrastive_weight * held_out[0] + matching_weight * held_out[1]
         if not math.isfinite(row["validation_loss"]):
-            raise MmkitError(f"The validation loss is {row['validation_loss']}. Remedy: look for NaN in its features.")
+            raise MmkitError(
+                f"The validation loss is {row['validation_loss']} after epoch {epoch}. Remedy: lower learning_rate "
+                f"({learning_rate}), or look for NaN in the features of the validation split."
+            )
         history.rows.append(row)
         if row["validation_loss"] <= min(history.column("validation_loss")):
             history.best_epoch, best = epoch, copy.deepcopy(fuser.state_dict())
