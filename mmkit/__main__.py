@@ -13,7 +13,7 @@ import mmkit
 from mmkit.course import run_course
 from mmkit.data import SPLITS
 from mmkit.features import PairedFeatures
-from mmkit.training import fit_profile
+from mmkit.training import check_free_for_checkpoint, fit_profile
 
 
 def _settings(arguments: argparse.Namespace) -> mmkit.Profile:
@@ -92,6 +92,7 @@ def extract(arguments: argparse.Namespace) -> int:
 
 def train(arguments: argparse.Namespace) -> int:
     profile = _settings(arguments)
+    check_free_for_checkpoint(arguments.out)
     changes = {name: getattr(arguments, name) for name in ("epochs", "seed") if getattr(arguments, name) is not None}
     profile = mmkit.profile(profile.name, coco_root=profile.coco_root, **changes)
     dataset, encoders, store = _load(profile)

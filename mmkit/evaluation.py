@@ -178,7 +178,7 @@ def retrieval_report(fuser: PairFuser, features: PairedFeatures) -> Retrieval:
 
 
 def report_json(features: PairedFeatures, matching: dict[str, Matching], retrieval: Retrieval) -> dict:
-    """Both reports as plain numbers between 0 and 1, with the sizes of the pool."""
+    """Both reports as plain numbers, fractions but for the sizes and the median rank."""
     directions = {name: getattr(retrieval, name) for name in ("image_to_text", "text_to_image")}
     return {
         "sizes": {"images": len(features.image_rows), "captions": len(features.owner)},

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
@@ -141,6 +142,8 @@ def fit(
     clipped to norm `clip`. Input features are standardised by the training set's statistics. The device and
     the processes are Accelerate's. A loss that is not finite stops with the step and advice.
     """
+    if epochs < 1:
+        raise MmkitError(f"epochs is {epochs}; training takes at least one.")
     set_seed(seed)
     rows = torch.randperm(len(train.image_rows))[:20_000]
     fuser.check_sizes(train.images(rows[:1]), train.captions(slice(0, 1)))
@@ -211,6 +214,12 @@ def validation_losses(fuser: PairFuser, features: PairedFeatures, batch_size: in
 # --- checkpoints -------------------------------------------------------------------------------
 
 
+def check_free_for_checkpoint(folder: Path) -> None:
+    """Refuse a place that holds anything but an earlier checkpoint; a long training asks before it starts."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "training.json").is_file()):
+        raise MmkitError(f"{folder} holds other files. Remedy: name a new folder for the checkpoint.")
+
+
 def save_checkpoint(
     folder: str | Path,
     fuser: PairFuser,
@@ -226,8 +235,7 @@ def save_checkpoint(
     of the encoders. An earlier checkpoint of that name is replaced; any other folder is left alone.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "training.json").is_file():
-        raise MmkitError(f"{folder} holds other files. Remedy: name a new folder for the checkpoint.")
+    check_free_for_checkpoint(folder)
     settings = {key: value for key, value in asdict(profile).items() if key not in ("cache", "coco_root")}
     training = {
         "fuser": name,
@@ -262,7 +270,10 @@ def load_checkpoint(folder: str | Path) -> tuple[PairFuser, dict]:
         raise MissingFile(
             f"{folder} is no checkpoint: it lacks {', '.join(absent)}. Remedy: python -m mmkit train --out {folder}"
         )
-    training = json.loads((folder / "training.json").read_text())
-    with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin prints to standard output
-        fuser = FUSERS[training["fuser"]].from_pretrained(str(folder))
+    try:
+        training = json.loads((folder / "training.json").read_text())
+        with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin prints to standard output
+            fuser = FUSERS[training["fuser"]].from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise MmkitError(f"The checkpoint {folder} is damaged ({error}). Remedy: train again.") from None
     return fuser.eval(), training

@@ -415,3 +415,16 @@ def test_training_json_names_no_path(tmp_path):
     content = (save(tmp_path / "run", small_mlp()) / "training.json").read_text()
     assert str(tmp_path) not in content and str(mmkit.profile("mini").cache) not in content
     json.loads(content)
+
+
+def test_training_takes_at_least_one_epoch():
+    with pytest.raises(MmkitError, match="epochs is 0"):
+        fit(small_mlp(), learnable(20, 0), learnable(10, 1), epochs=0)
+
+
+@pytest.mark.parametrize("file, content", [("training.json", "{"), ("training.json", "{}"), ("model.safetensors", "x")])
+def test_a_damaged_checkpoint_is_named(tmp_path, file, content):
+    folder = mmkit.save_checkpoint(tmp_path / "run", small_mlp(), "mlp", mmkit.profile(), {}, mmkit.History(), {})
+    (folder / file).write_text(content)
+    with pytest.raises(MmkitError, match="run is damaged"):
+        mmkit.load_checkpoint(folder)
