@@ -39,7 +39,7 @@ def open_image(path: str | Path) -> Image.Image:
             return to_rgb(image)
     except FileNotFoundError:
         raise MissingFile(f"There is no picture {path}.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, RuntimeError, SyntaxError, Image.DecompressionBombError) as error:
         raise MmkitError(f"The picture {path} cannot be decoded ({error}). Remedy: bring the file again.") from None
 
 

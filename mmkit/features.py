@@ -99,7 +99,9 @@ class FeatureStore:
 
     def select(self, images: Sequence[int] | np.ndarray | None = None) -> PairedFeatures:
         """The features of the images at these positions (default: all) with all their captions."""
-        rows = np.arange(len(self.image_ids)) if images is None else np.asarray(images)
+        rows = np.arange(len(self.image_ids))
+        if images is not None:  # positions, negative ones from the end, or a mask
+            rows = rows[np.asarray(images) if len(images) else np.array([], dtype=int)]
         by_image = np.argsort(self.caption_image, kind="stable")
         bounds = np.searchsorted(self.caption_image[by_image], [rows, rows + 1])
         captions = np.concatenate([by_image[:0], *(by_image[first:last] for first, last in bounds.T)])

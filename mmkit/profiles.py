@@ -11,7 +11,7 @@ _CHECKOUT = Path(__file__).resolve().parent.parent
 
 def _cache_folder() -> Path:
     """`MMKIT_CACHE`, else `build/cache` of a source checkout, else the user's cache folder."""
-    if "MMKIT_CACHE" in os.environ:
+    if os.environ.get("MMKIT_CACHE"):
         return Path(os.environ["MMKIT_CACHE"]).expanduser().resolve()
     if (_CHECKOUT / "pyproject.toml").is_file():
         return _CHECKOUT / "build" / "cache"

@@ -423,3 +423,11 @@ def test_features_in_memory_behave_like_stored_ones():
 def test_owners_that_name_no_image_are_refused(owner):
     with pytest.raises(MmkitError, match="one of 2 images for each of 3 captions"):
         PairedFeatures.from_arrays(np.zeros((2, 3)), np.zeros((3, 4)), owner)
+
+
+def test_a_mask_and_negative_positions_select_as_numpy_does(store):
+    mask = np.zeros(len(store.image_ids), dtype=bool)
+    mask[[0, 2]] = True
+    assert torch.equal(store.select(mask).captions(), store.select([0, 2]).captions())
+    assert torch.equal(store.select([-1]).captions(), store.select([len(mask) - 1]).captions())
+    assert len(store.select([]).owner) == 0
