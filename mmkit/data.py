@@ -117,6 +117,10 @@ class CaptionDataset(Dataset):
         """
         if self.given_splits:
             names = np.array(["train" if s == "restval" else s for s in self.given_splits])
+            if unknown := set(names.tolist()) - set(SPLITS):
+                raise MmkitError(
+                    f"The annotations name unknown splits {sorted(unknown)}. Valid: train, restval, val, test"
+                )
             return {name: np.flatnonzero(names == name) for name in SPLITS}
         if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
             raise MmkitError(f"val_fraction {val_fraction} and test_fraction {test_fraction} leave no training images.")

@@ -523,3 +523,9 @@ def test_a_profile_of_a_folder_reads_it(tmp_path):
 def test_a_profile_of_a_folder_without_one_names_the_variable():
     with pytest.raises(MissingFile, match="MMKIT_COCO_ROOT"):
         load_dataset(profile("photos"))
+
+
+def test_an_unknown_given_split_is_named(dataset):
+    data = dataclasses.replace(dataset.select([0, 1]), given_splits=("train", "validation"))
+    with pytest.raises(MmkitError, match="validation"):
+        data.splits(0.1, 0.1)
