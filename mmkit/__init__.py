@@ -1,39 +1,66 @@
 """mmkit: image–text fusion, learnt by running it. See the notebooks."""
 
-from .data import CaptionDataset, check_images, load_captions, load_dataset
-from .encoders import Encoders, ImageEncoder, TextEncoder, load_encoders
-from .errors import MissingFile, MmkitError
-from .evaluation import (
-    best_threshold,
-    choose_thresholds,
-    matching_logits,
-    matching_report,
-    negative_pairs,
-    noise_recall,
-    permutation_gap,
-    ranks,
-    report_json,
-    retrieval_report,
-)
-from .features import FeatureStore, PairedFeatures, extract_features
-from .fusers import MultimodalFeatureFuser, PairFuser
-from .graphs import MultimodalGNN, cosine_knn_edges
-from .losses import contrastive_loss, matching_loss
-from .plots import (
-    plot_bars,
-    plot_histogram,
-    plot_history,
-    plot_lines,
-    plot_map,
-    plot_matrix,
-    plot_recalls,
-    plot_tokens,
-    show_graph,
-    show_images,
-    show_pairs,
-    show_retrieval,
-)
-from .preprocess import MultimodalPreprocessor, image_transform
-from .profiles import Profile, profile
-from .scenes import draw_scenes
-from .training import FUSERS, History, build_fuser, fit, fit_profile, load_checkpoint, save_checkpoint
+from importlib import import_module
+
+# Module → its public names. A module is imported when one of its names is first used, so that what needs no torch
+# (drawing scenes, checking or downloading a folder) starts at once and in little memory.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "browser": ("browse",),
+    "check": ("CheckReport", "check_folder"),
+    "data": ("CaptionDataset", "DiagnosticNegatives", "load_captions", "load_dataset"),
+    "download": ("download_coco",),
+    "encoders": ("Encoders", "ImageEncoder", "TextEncoder", "load_encoders"),
+    "errors": ("MissingFile", "MmkitError"),
+    "evaluation": (
+        "best_threshold",
+        "choose_thresholds",
+        "matching_logits",
+        "matching_report",
+        "negative_pairs",
+        "noise_recall",
+        "permutation_gap",
+        "ranks",
+        "report_json",
+        "retrieval_report",
+    ),
+    "facts": ("FACTS",),
+    "features": ("FeatureStore", "PairedFeatures", "extract_features"),
+    "fusers": ("MultimodalFeatureFuser", "PairFuser"),
+    "graphs": ("MultimodalGNN", "cosine_knn_edges"),
+    "losses": ("contrastive_loss", "matching_loss"),
+    "pictures": ("open_image", "to_rgb"),
+    "plots": (
+        "plot_bars",
+        "plot_histogram",
+        "plot_history",
+        "plot_lines",
+        "plot_map",
+        "plot_matrix",
+        "plot_recalls",
+        "plot_tokens",
+        "show_graph",
+        "show_images",
+        "show_pairs",
+        "show_retrieval",
+    ),
+    "preprocess": ("MultimodalPreprocessor", "image_transform"),
+    "profiles": ("Profile", "profile"),
+    "scenes": ("draw_scenes",),
+    "training": ("FUSERS", "History", "build_fuser", "fit", "fit_profile", "load_checkpoint", "save_checkpoint"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULE_OF:
+        value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+        globals()[name] = value  # found without this function from now on
+        return value
+    if name in _NAMES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,38 +1,40 @@
 """The steps of the course for a terminal or a cluster job: `python -m mmkit COMMAND --help`."""
 
+from __future__ import annotations  # a command imports what it needs: checking a folder needs no torch
+
 import argparse
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import mmkit
 from mmkit.course import run_course
 from mmkit.data import SPLITS
-from mmkit.features import PairedFeatures
-from mmkit.training import check_free_for_checkpoint, fit_profile
 
 
 def _settings(arguments: argparse.Namespace) -> mmkit.Profile:
     """The profile that the options name; a COCO folder without a profile means the profile "photos"."""
     name, root = arguments.profile or os.environ.get("MMKIT_PROFILE"), arguments.coco_root
-    return mmkit.profile(name or ("photos" if root else None), **({"coco_root": root} if root else {}))
+    changes = {"coco_root": root} if root else {}
+    return mmkit.profile(name or ("photos" if root else None), skip_missing=arguments.skip_missing, **changes)
 
 
 def _load(profile: mmkit.Profile) -> tuple[mmkit.CaptionDataset, mmkit.Encoders, mmkit.FeatureStore]:
     dataset = mmkit.load_dataset(profile)
-    if dataset.faults:
-        print(f"{len(dataset.faults)} records were left out; see: python -m mmkit check", file=sys.stderr)
+    if faults := Counter(fault.kind for fault in dataset.faults):
+        counted = ", ".join(f"{count:,} {kind}" for kind, count in faults.items())
+        print(f"records with faults: {counted}; see: python -m mmkit check", file=sys.stderr)
     encoders = mmkit.load_encoders(profile.image_encoder, profile.text_encoder, profile.pooling, profile.max_tokens)
     return dataset, encoders, mmkit.extract_features(dataset, encoders, profile.cache, profile.precision)
 
 
 def _split(
     profile: mmkit.Profile, dataset: mmkit.CaptionDataset, store: mmkit.FeatureStore, name: str
-) -> PairedFeatures:
+) -> mmkit.PairedFeatures:
     if name == "all":
         return store.select()
     rows = dataset.splits(profile.val_fraction, profile.test_fraction, profile.split_seed)[name]
@@ -57,31 +59,23 @@ def _print_report(report: dict) -> None:
 
 def scenes(arguments: argparse.Namespace) -> int:
     folder = mmkit.draw_scenes(arguments.folder, arguments.count, arguments.seed)
-    print(f"{arguments.count:,} scenes, {5 * arguments.count:,} captions in {folder}")
+    drawn = len(mmkit.load_captions(folder))
+    print(f"{drawn:,} scenes, {drawn - arguments.count:,} of new combinations, {5 * drawn:,} captions in {folder}")
     return 0
 
 
 def check(arguments: argparse.Namespace) -> int:
-    try:
-        dataset = mmkit.load_captions(arguments.folder)
-    except mmkit.MissingFile:
-        raise
-    except mmkit.MmkitError as error:
-        print(f"{error}\nThis folder is NOT safe to train on.")
-        return 1
-    faults = [*dataset.faults, *mmkit.check_images(dataset)]
-    per_image = Counter(Counter(dataset.caption_image.tolist()).values())
-    print(f"images             {len(dataset):,}")
-    print(f"captions           {len(dataset.captions):,}")
-    print("captions per image " + ", ".join(f"{k}: {n:,}" for k, n in sorted(per_image.items())))
-    print(f"faults             {len(faults):,}")
-    for fault in faults[: arguments.show]:
-        print(f"  {'UNSAFE' if fault.unsafe else 'left out':<8}  {fault.where}: {fault.what}. Remedy: {fault.remedy}")
-    if len(faults) > arguments.show:
-        print(f"  … and {len(faults) - arguments.show:,} more (--show {len(faults)})")
-    unsafe = any(fault.unsafe for fault in faults)
-    print("This folder is NOT safe to train on." if unsafe else "This folder is safe to train on.")
-    return int(unsafe)
+    report = mmkit.check_folder(arguments.folder, arguments.skip_missing)
+    print(report.table(arguments.show))
+    return int(not report.safe)
+
+
+def download(arguments: argparse.Namespace) -> int:
+    folder = mmkit.download_coco(arguments.folder, arguments.images, arguments.connections)
+    dataset = mmkit.load_captions(folder)
+    parts = ", ".join(f"{name} {len(rows):,}" for name, rows in dataset.splits(0, 0).items())
+    print(f"{len(dataset):,} images, {len(dataset.captions):,} captions in {folder} ({parts})")
+    return 0
 
 
 def extract(arguments: argparse.Namespace) -> int:
@@ -91,14 +85,16 @@ def extract(arguments: argparse.Namespace) -> int:
 
 
 def train(arguments: argparse.Namespace) -> int:
+    from mmkit.training import check_free_for_checkpoint
+
     profile = _settings(arguments)
     check_free_for_checkpoint(arguments.out)
     changes = {name: getattr(arguments, name) for name in ("epochs", "seed") if getattr(arguments, name) is not None}
-    profile = mmkit.profile(profile.name, coco_root=profile.coco_root, **changes)
+    profile = replace(profile, **changes)
     dataset, encoders, store = _load(profile)
     parts = {name: _split(profile, dataset, store, name) for name in ("train", "val")}
     fuser = mmkit.build_fuser(arguments.fuser, profile, *parts["train"].dims)
-    history = fit_profile(fuser, parts["train"], parts["val"], profile)
+    history = mmkit.fit_profile(fuser, parts["train"], parts["val"], profile)
     thresholds = mmkit.choose_thresholds(fuser, parts["val"], profile.seed)
     mmkit.save_checkpoint(arguments.out, fuser, arguments.fuser, profile, thresholds, history, _weights(encoders))
     best = history.rows[history.best_epoch]
@@ -117,6 +113,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         chosen = mmkit.profile(arguments.profile)
         trained |= {key: getattr(chosen, key) for key in ("name", "data", "scene_count", "scene_seed")}
     root = {"coco_root": arguments.coco_root, "data": "folder"} if arguments.coco_root else {}
+    root |= {"skip_missing": True} if arguments.skip_missing else {}
     profile = mmkit.profile(trained.pop("name"), **(trained | root))
     dataset, encoders, store = _load(profile)
     if _weights(encoders) != training["weights"]:
@@ -150,6 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     data = argparse.ArgumentParser(add_help=False)
     data.add_argument("--profile", help="mini, photos or coco (default: MMKIT_PROFILE, else mini)")
     data.add_argument("--coco-root", metavar="DIR", help="a folder in COCO-captions layout (default: MMKIT_COCO_ROOT)")
+    missing = argparse.ArgumentParser(add_help=False)
+    missing.add_argument("--skip-missing", action="store_true", help="leave out images whose file is not there")
 
     def command(
         name: str, help: str, example: str, parents: Sequence[argparse.ArgumentParser] = ()
@@ -164,20 +163,27 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("folder", type=Path)
     one.add_argument("--count", type=int, default=1500)
     one.add_argument("--seed", type=int, default=0)
-    one = command("check", "read a COCO-captions folder and name every fault", "check /tmp/scenes")
+    one = command("download", "bring COCO 2014 with Karpathy's split", "download coco ~/coco --images 2000")
+    one.add_argument("dataset", choices=["coco"])
     one.add_argument("folder", type=Path)
-    one.add_argument("--show", type=int, default=20, metavar="N", help="faults to print (default: 20)")
-    command("extract", "extract and cache the features of a dataset", "extract --coco-root ~/coco", [data])
-    one = command("train", "train a fuser and write a checkpoint", "train --fuser mlp --out runs/mlp", [data])
-    one.add_argument("--fuser", default="mlp", help=f"one of {', '.join(mmkit.FUSERS)} (default: mlp)")
+    one.add_argument("--images", type=int, metavar="N", help="only so many, with a tenth for val and 15 %% for test")
+    one.add_argument("--connections", type=int, default=8, metavar="N", help="transfers at once (default: 8)")
+    one = command("check", "read a COCO-captions folder and name every fault", "check /tmp/scenes", [missing])
+    one.add_argument("folder", type=Path)
+    one.add_argument("--show", type=int, default=20, metavar="N", help="faults of each kind to print (default: 20)")
+    command("extract", "extract and cache the features of a dataset", "extract --coco-root ~/coco", [data, missing])
+    one = command("train", "train a fuser and write a checkpoint", "train --fuser mlp --out runs/mlp", [data, missing])
+    one.add_argument("--fuser", default="mlp", help="mlp or gnn (default: mlp)")
     one.add_argument("--out", type=Path, required=True, metavar="DIR")
     one.add_argument("--epochs", type=int)
     one.add_argument("--seed", type=int)
-    one = command("evaluate", "matching and retrieval of a checkpoint", "evaluate runs/mlp --split all --json", [data])
+    one = command(
+        "evaluate", "matching and retrieval of a checkpoint", "evaluate runs/mlp --split all --json", [data, missing]
+    )
     one.add_argument("checkpoint", type=Path)
     one.add_argument("--split", choices=[*SPLITS, "all"], default="test")
     one.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    one = command("run", "execute the notebooks in order", "run --only 03 04", [data])
+    one = command("run", "execute the notebooks in order", "run --only 03 04", [data, missing])
     one.add_argument("--only", nargs="+", default=(), metavar="NAME", help="notebooks whose name begins so")
     one.add_argument("--notebooks", type=Path, default=Path("notebooks"), metavar="DIR")
     one.add_argument("--out", type=Path, default=Path("build"), metavar="DIR")
@@ -189,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; exit status 0, 1 where `check` or a notebook found faults, 2 for bad input."""
     try:
         parsed = _parser().parse_args(arguments)
-        if getattr(parsed, "fuser", "mlp") not in mmkit.FUSERS:
+        if "fuser" in parsed and parsed.fuser not in mmkit.FUSERS:
             raise mmkit.MmkitError(f"No fuser {parsed.fuser!r}. Valid names: {', '.join(mmkit.FUSERS)}")
         return parsed.command(parsed)
     except mmkit.MmkitError as error:

@@ -31,7 +31,7 @@ class Executed:
 
 
 class _PeakMemory(threading.Thread):
-    """Watches the resident memory of a kernel and its children."""
+    """Watches the resident memory of a kernel, and what its children hold beyond the pages that they share."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -46,8 +46,8 @@ class _PeakMemory(threading.Thread):
             try:
                 if self.pid is not None:
                     kernel = psutil.Process(self.pid)
-                    family = [kernel, *kernel.children(recursive=True)]
-                    self.peak = max(self.peak, sum(process.memory_info().rss for process in family))
+                    own = sum(child.memory_full_info().uss for child in kernel.children(recursive=True))
+                    self.peak = max(self.peak, kernel.memory_info().rss + own)
             except psutil.Error:
                 continue  # a process that ended between two looks
 
@@ -61,6 +61,13 @@ def _key_figure(notebook) -> str:
     texts = [output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     found = _KEY_FIGURE.findall("\n".join(texts))
     return found[-1] if found else ""
+
+
+def _drop_widgets(notebook) -> None:
+    """A saved page has no kernel behind its widgets: leave the figures that stand in for them."""
+    notebook.metadata.pop("widgets", None)
+    for output in (output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs):
+        output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
 
 
 def execute(source: Path, target: Path) -> Executed:
@@ -106,7 +113,7 @@ def execute(source: Path, target: Path) -> Executed:
         peak = memory.stop()
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-    notebook.metadata.pop("widgets", None)
+    _drop_widgets(notebook)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_suffix(".new")
     nbformat.write(notebook, beside)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from . import denormals  # noqa: F401  # for its effect
 from .errors import MmkitError
 
 # a block of pair activations that stays near the processor's cache: 2²² floats are 16 MB

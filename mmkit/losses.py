@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import denormals  # noqa: F401  # for its effect
 from .errors import MmkitError
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 0.5

@@ -45,16 +45,19 @@ def figure(
         return fig, np.atleast_1d(fig.subplots(rows, columns, **keywords)).ravel()
 
 
-def show(fig: Figure, alt: str) -> None:
+def show(fig: Figure, alt: str, live: Mapping[str, object] | None = None) -> None:
     """Display a figure, and under it, folded, the same in words.
 
     The words are the picture's alternative text too; but JupyterLab does not hand that to a screen reader.
+    `live` is a widget's output by media type: a page that can run it shows it in place of the figure and the words.
     """
     buffer = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
         fig.savefig(buffer, format="png", dpi=100, facecolor="white")
     picture = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": "Figure"}
-    display(picture, metadata={"image/png": {"alt": alt}}, raw=True)
+    display({**(live or {}), **picture}, metadata={"image/png": {"alt": alt}}, raw=True)
+    if live:
+        return
     words = f"<details><summary>Figure in words</summary>{html.escape(alt)}</details>"
     display({"text/html": words, "text/plain": alt}, raw=True)
 
@@ -69,26 +72,32 @@ def _picture(axis, image: Image.Image | np.ndarray, title: str = "", width: int 
     axis.set_title(textwrap.fill(title, width), fontsize=8.5, fontweight="normal", loc="left", color=colour)
 
 
-def show_images(
-    images: Sequence[Image.Image], titles: Sequence[str], alt: str, columns: int = 4, title: str = ""
-) -> None:
+def pictures_figure(images: Sequence[Image.Image], titles: Sequence[str], columns: int = 4, title: str = "") -> Figure:
     """Pictures in a grid, each under its title."""
-    columns = min(columns, len(images))
+    cell, columns = 9 / columns, min(columns, len(images))  # inches
     rows = -(-len(images) // columns)
-    fig, axes = figure(9, rows * 9 / columns * 0.95 + 0.4, rows, columns)
+    fig, axes = figure(cell * columns, rows * cell * 0.95 + 0.4, rows, columns)
     for axis in axes[len(images) :]:
         axis.axis("off")
     for axis, image, words in zip(axes, images, titles, strict=False):
-        _picture(axis, image, words, width=round(110 / columns))
+        _picture(axis, image, words, width=round(12 * cell))
     fig.suptitle(title, fontweight="bold", fontsize=11)
-    show(fig, alt)
+    return fig
+
+
+def show_images(
+    images: Sequence[Image.Image], titles: Sequence[str], alt: str, columns: int = 4, title: str = ""
+) -> None:
+    """Show pictures in a grid, each under its title."""
+    show(pictures_figure(images, titles, columns, title), alt)
 
 
 def show_pairs(dataset: CaptionDataset, indices: Sequence[int], caption: int = 0, columns: int = 4) -> None:
     """Images of a dataset, each with one of its captions (the `caption`-th) above it."""
     texts = [dataset.captions_of(i)[caption] for i in indices]
+    title = "Images and one caption of each" if len(texts) > 1 else ""
     alt = "Images with their captions: " + " ".join(texts)
-    show_images([dataset.image(i) for i in indices], texts, alt, columns, "Images and one caption of each")
+    show_images([dataset.image(i) for i in indices], texts, alt, columns, title)
 
 
 def plot_history(history: History, title: str = "Training") -> None:
@@ -96,30 +105,20 @@ def plot_history(history: History, title: str = "Training") -> None:
     fig, axes = figure(8, 3, 1, 2)
     epochs = range(1, len(history.rows) + 1)
     for axis, name in zip(axes, ("contrastive", "matching"), strict=True):
-        axis.plot(epochs, history.column(name), color=BLUE, marker="o", markersize=3, label="training")
-        axis.plot(
-            epochs,
-            history.column(f"validation_{name}"),
-            color=ORANGE,
-            marker="s",
-            markersize=3,
-            linestyle="--",
-            label="validation",
-        )
+        axis.plot(epochs, history.column(name), "o-", color=BLUE, markersize=3, label="training")
+        axis.plot(epochs, history.column(f"validation_{name}"), "s--", color=ORANGE, markersize=3, label="validation")
         axis.axvline(history.best_epoch + 1, color=GREY, linewidth=1, linestyle=":", label="kept epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(title=f"{title}: {name} loss", xlabel="epoch", ylabel="loss (nats)", ylim=(0, None))
     axes[0].legend()
-    last = history.rows[-1]
-    show(
-        fig,
-        (
-            f"Two line charts over {len(history.rows)} epochs. Contrastive loss falls from "
-            f"{history.rows[0]['contrastive']:.2f} to {last['contrastive']:.2f} in training and ends at "
-            f"{last['validation_contrastive']:.2f} in validation; matching loss ends at {last['matching']:.2f} and "
-            f"{last['validation_matching']:.2f}. Epoch {history.best_epoch + 1} was kept."
-        ),
+    first, last = history.rows[0], history.rows[-1]
+    words = (
+        f"Two line charts over {len(history.rows)} epochs. Contrastive loss falls from {first['contrastive']:.2f} to "
+        f"{last['contrastive']:.2f} in training and ends at {last['validation_contrastive']:.2f} in validation; "
+        f"matching loss ends at {last['matching']:.2f} and {last['validation_matching']:.2f}. "
+        f"Epoch {history.best_epoch + 1} was kept."
     )
+    show(fig, words)
 
 
 def plot_histogram(
@@ -154,21 +153,29 @@ def plot_matrix(
     ylabel: str,
     value: str = "logit",
     ticks: Sequence[str] | None = None,
+    row_ticks: Sequence[str] | None = None,
 ) -> None:
-    """A matrix as a heat map with a colour bar; small ones carry their numbers."""
+    """A matrix as a heat map with a colour bar; small ones carry their numbers. `ticks` name the columns, and the
+    rows too unless `row_ticks` do."""
     array = np.asarray(matrix, dtype=float)
-    fig, (axis,) = figure(5.4, 4.4)
+    fig, (axis,) = figure(max(5.4, 0.62 * array.shape[1] if array.size <= 100 else 0), 4.4)
     image = axis.imshow(array, cmap="cividis", aspect="auto")
     fig.colorbar(image, ax=axis, label=value)
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if ticks is not None:
         axis.set_xticks(range(len(ticks)), ticks, rotation=35, ha="right")
-        axis.set_yticks(range(len(ticks)), ticks)
+        axis.set_yticks(range(len(row_ticks or ticks)), row_ticks or ticks)
     if array.size <= 100:
+        digits = 0 if (array == array.round()).all() else 2
         middle = (array.min() + array.max()) / 2
         for (row, column), number in np.ndenumerate(array):
             axis.text(
-                column, row, f"{number:.2f}", ha="center", va="center", color="white" if number < middle else "black"
+                column,
+                row,
+                f"{number:.{digits}f}",
+                ha="center",
+                va="center",
+                color="white" if number < middle else "black",
             )
     shape, values = f"{array.shape[0]} by {array.shape[1]}", f"{array.min():.2f} to {array.max():.2f}"
     show(fig, f"Heat map of {shape}: {title}. Values from {values}.")

@@ -10,9 +10,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from . import denormals  # noqa: F401  # for its effect
 from .assets import packaged_file
-from .data import open_image, to_rgb
 from .errors import MmkitError
+from .pictures import open_image, to_rgb
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_TOKENS = 512  # the positions of BERT and MiniLM

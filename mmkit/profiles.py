@@ -34,6 +34,7 @@ def resolve_coco_root(root: str | Path) -> Path:
 class Profile:
     """Every setting of a run. Make one with `profile()`; change it there too.
 
+    `skip_missing` leaves out images whose picture file is not there, which otherwise is an error;
     `max_tokens` counts word pieces with [CLS] and [SEP]; fractions are of images; `neighbours`
     is k of the k-nearest-neighbour graph; `learning_rate` is AdamW's peak.
     """
@@ -42,6 +43,7 @@ class Profile:
     data: str  # "scenes": drawn by the package; "folder": a COCO-captions folder on disk
     cache: Path
     coco_root: Path | None = None
+    skip_missing: bool = False
     scene_count: int = 1500
     scene_seed: int = 0
     image_encoder: str = "efficientnet-lite0"
@@ -69,11 +71,11 @@ class Profile:
 
     def __repr__(self) -> str:  # a readable table without any path of the machine
         if self.data == "scenes":
-            data = f"{self.scene_count:,} drawn scenes, seed {self.scene_seed}"
+            data = f"{self.scene_count:,} drawn scenes, seed {self.scene_seed}, and a tenth with new combinations"
         else:
             data = "a COCO-captions folder (MMKIT_COCO_ROOT)"
         shown = {"profile": self.name, "data": data}
-        hidden = {"name", "data", "cache", "coco_root", "scene_count", "scene_seed"}
+        hidden = {"name", "data", "cache", "coco_root", "skip_missing", "scene_count", "scene_seed"}
         shown |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         return "\n".join(f"{key:<18} {value}" for key, value in shown.items())
 
@@ -117,6 +119,8 @@ def profile(name: str | None = None, **changes: object) -> Profile:
     settings = Profile(name=name, cache=_cache_folder(), **_PROFILES[name])  # type: ignore[arg-type]
     if changes.get("coco_root"):  # a folder that is named is read, whatever the profile
         changes = {"data": "folder"} | changes
+    if "cache" in changes:
+        changes |= {"cache": Path(changes["cache"]).expanduser()}  # type: ignore[arg-type]
     settings = replace(settings, **changes)  # type: ignore[arg-type]
     root = settings.coco_root or os.environ.get("MMKIT_COCO_ROOT")
     if settings.data == "folder" and root:

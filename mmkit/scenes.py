@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -15,107 +15,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .assets import packaged_file
+from .captions import write_captions
 from .errors import MmkitError
+from .facts import Scene, sample_scene
 from .progress import progress
-from .vocabulary import CATEGORIES, GROUNDS, NUMBERS, OUTDOOR, RELATIONS, TIMES
+from .vocabulary import CATEGORIES, GROUNDS, TIMES
 
 WIDTH, HEIGHT = 288, 256  # pixels; not square, so that squashing and cropping differ
 _MARGIN_X, _MARGIN_Y = 36, 18  # a centre crop of 224 of the resized picture cuts no glyph
 _HORIZON = 104  # pixels from the top
-_VERSION = 1  # raise it when the same seed gives other pictures or captions
-
-
-@dataclass(frozen=True)
-class Group:
-    """`count` objects of one COCO category; `size` is "small", "medium" or "large"."""
-
-    category: str
-    count: int
-    size: str
-
-
-@dataclass(frozen=True)
-class Scene:
-    """The facts of a picture: one group, or two of which the first stands in `relation` to the second."""
-
-    ground: str
-    time: str | None  # None indoors
-    groups: tuple[Group, ...]
-    relation: str | None
-
-
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw the facts of one scene: one to four objects in all, two groups in four scenes of five."""
-    ground = str(rng.choice(list(GROUNDS)))
-    time = str(rng.choice(list(TIMES))) if ground in OUTDOOR else None
-    names = [str(name) for name in rng.choice(list(CATEGORIES), size=2, replace=False)]
-    if rng.random() < 0.2:
-        counts, names, relation = [int(rng.integers(1, 5))], names[:1], None
-    else:
-        pairs = [(1, 1), (1, 1), (1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (2, 2)]
-        counts, relation = list(pairs[rng.integers(len(pairs))]), str(rng.choice(list(RELATIONS)))
-    sizes = [str(rng.choice(["small", "medium", "large"])) if n == 1 else "medium" for n in counts]
-    groups = tuple(Group(name, n, size) for name, n, size in zip(names, counts, sizes, strict=True))
-    return Scene(ground, time, groups, relation)
-
-
-# --- words -----------------------------------------------------------------------------------
-
-
-def _noun(group: Group, synonym: bool = False, sized: bool = False) -> str:
-    """A group in words: "a dog", "two puppies", "a large dog"."""
-    words = CATEGORIES[group.category]
-    if group.count > 1:
-        return f"{NUMBERS[group.count]} {words.synonym_plural if synonym else words.plural}"
-    noun = words.synonym if synonym else words.singular
-    if sized and group.size != "medium":
-        noun = f"{group.size} {noun}"
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-def _sentence(*parts: str) -> str:
-    text = " ".join(part for part in parts if part)
-    return text[0].upper() + text[1:] + "."
-
-
-def write_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Five captions in the manner of five people; each tells another part of the truth.
-
-    They name what is there and where; the arrangement; the surroundings first; the same in other
-    words; and a note in telegraph style.
-    """
-    place, other_place, surroundings = GROUNDS[scene.ground]
-    moment, light = TIMES[scene.time] if scene.time else ("", "")
-    first, last = scene.groups[0], scene.groups[-1]
-    things = " and ".join(_noun(group) for group in scene.groups)
-    others = " and ".join(_noun(group, synonym=True) for group in reversed(scene.groups))
-    note_synonym = bool(rng.random() < 0.3)
-    if scene.relation is None:
-        opening = rng.choice(["a picture of", "we see", "there is" if first.count == 1 else "there are"])
-        arrangement = f"{opening} {_noun(first, sized=True)} {place}"
-        note = f"{_noun(first, synonym=note_synonym)}, {surroundings}"
-    else:
-        wording, converse, spot = RELATIONS[scene.relation]
-        converse_wording, _, converse_spot = RELATIONS[converse]
-        arrangement = str(
-            rng.choice(
-                [
-                    f"{_noun(first, sized=True)} {wording} {_noun(last, sized=True)}",
-                    f"{_noun(last, sized=True)} {converse_wording} {_noun(first, sized=True)}",
-                ]
-            )
-        )
-        note = f"{_noun(first, synonym=note_synonym)} {spot}, {_noun(last)} {converse_spot}"
-    return [
-        _sentence(things, place, moment),
-        _sentence(arrangement),
-        _sentence("a", light, surroundings, str(rng.choice(["with", "showing"])), things),
-        _sentence(others, other_place),
-        _sentence(f"{note}, {moment}" if moment else note),
-    ]
-
-
-# --- pictures --------------------------------------------------------------------------------
+_FIRST_NEW = 1_000_001  # id of the first scene with a new combination
+SCENES_VERSION = 2  # raise it when the same seed gives other pictures or captions
 
 
 @cache
@@ -280,7 +190,8 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, lis
 
 
 def draw_scenes(folder: str | Path, count: int = 1500, seed: int = 0) -> Path:
-    """Draw `count` scenes with five captions each into `folder`, in COCO-captions layout.
+    """Draw `count` scenes with five captions each into `folder`, in COCO-captions layout, and a tenth as many more
+    in which objects stand on grounds that the others keep from them (split "new").
 
     Writes `scenes/<12-digit id>.jpg` and `annotations/captions_scenes.json`, whose images carry
     their facts under "scene" and the objects' boxes under "boxes". The same seed gives the same bytes, and
@@ -290,47 +201,73 @@ def draw_scenes(folder: str | Path, count: int = 1500, seed: int = 0) -> Path:
     folder = Path(folder)
     if count < 1:
         raise MmkitError(f"count is {count}; a dataset needs at least one scene.")
-    made_from = {"description": "Scenes drawn from OpenMoji (CC BY-SA 4.0)", "version": _VERSION, "seed": seed}
-    captions_file = folder / "annotations" / "captions_scenes.json"
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        try:
-            there = json.loads(captions_file.read_text(encoding="utf-8"))
-            same = there["info"] == made_from and len(there["images"]) == count
-        except (OSError, ValueError, KeyError, TypeError):
-            same = False
-        if not same:
-            raise MmkitError(f"{folder} holds other files. Remedy: name a new folder, or delete this one.")
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    made_from = {
+        "description": "Scenes drawn from OpenMoji (CC BY-SA 4.0)",
+        "version": SCENES_VERSION,
+        "seed": seed,
+        "count": count,
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not _drawn_before(folder, made_from):
+            _draw_beside(folder, made_from, count, seed)
+    except OSError as error:
+        raise MmkitError(
+            f"Scenes cannot be written to {folder} ({error.strerror}). Remedy: name another folder, or set MMKIT_CACHE."
+        ) from None
+    return folder
+
+
+def _drawn_before(folder: Path, made_from: dict) -> bool:
+    """Whether the folder holds just these scenes. One that holds anything else is an error."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        content = json.loads((folder / "annotations" / "captions_scenes.json").read_text(encoding="utf-8"))
+        same = content["info"] == made_from
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise MmkitError(f"{folder} holds other files. Remedy: name a new folder, or delete this one.")
+    return True
+
+
+def _draw_beside(folder: Path, made_from: dict, count: int, seed: int) -> None:
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         (beside / "annotations").mkdir()
         (beside / "scenes").mkdir()
         images, annotations = [], []
-        for i in progress(range(count), "drawing", unit="scenes"):
-            rng = np.random.default_rng([seed, i])
-            scene = sample_scene(rng)
+        for i in progress(range(count + count // 10), "drawing", unit="scenes"):
+            new = i >= count
+            rng = np.random.default_rng([seed, i - count, 1] if new else [seed, i])
+            scene = sample_scene(rng, new)
             picture, boxes = draw_scene(scene, rng)
-            name = f"{i + 1:012}.jpg"
+            number = _FIRST_NEW + i - count if new else i + 1
+            name = f"{number:012}.jpg"
             picture.save(beside / "scenes" / name, quality=90)
             images.append(
                 {
-                    "id": i + 1,
+                    "id": number,
                     "file_name": name,
                     "width": WIDTH,
                     "height": HEIGHT,
+                    "split": "new" if new else "",
                     "scene": asdict(scene),
                     "boxes": boxes,
                 }
             )
             annotations += [
-                {"id": 5 * i + k + 1, "image_id": i + 1, "caption": caption}
+                {"id": 5 * number + k - 4, "image_id": number, "caption": caption}
                 for k, caption in enumerate(write_captions(scene, rng))
             ]
         content = {"info": made_from, "images": images, "annotations": annotations}
         (beside / "annotations" / "captions_scenes.json").write_text(json.dumps(content), encoding="utf-8")
         beside.chmod(0o755)
-        beside.replace(folder)
+        try:
+            beside.replace(folder)
+        except OSError:  # another process drew the same scenes first
+            if not _drawn_before(folder, made_from):
+                raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return folder

@@ -27,10 +27,6 @@ from .losses import contrastive_loss, matching_loss, sample_negatives
 from .profiles import Profile
 from .progress import progress
 
-# Denormals late in training make a CPU many times slower. Worker threads take the setting when they start, so it is
-# made here, before the first parallel operation, and not in `fit`.
-torch.set_flush_denormal(True)
-
 FUSERS: dict[str, type[PairFuser]] = {"mlp": MultimodalFeatureFuser, "gnn": MultimodalGNN}
 
 

@@ -99,6 +99,17 @@ def _category(row: str) -> Category:
 
 CATEGORIES: dict[str, Category] = {c.name: c for c in map(_category, _TABLE.split("\n")[1:-1])}
 
+# A glyph that also shows another category, or a synonym that fits one: 🥣 holds a spoon, 🍴 is a fork and a knife
+# ("a piece of cutlery"), 💻 has a keyboard. Naming one of them instead of another would not be false.
+LOOKALIKES: tuple[frozenset[str], ...] = (
+    frozenset({"fork", "knife", "spoon", "bowl"}),
+    frozenset({"laptop", "keyboard"}),
+    frozenset({"bear", "teddy bear"}),
+    frozenset({"cup", "bowl"}),
+    frozenset({"bottle", "wine glass"}),
+    frozenset({"tv", "laptop"}),
+)
+
 # ground: (as a place "… on the grass", the same in other words, as a noun without its article)
 GROUNDS: dict[str, tuple[str, str, str]] = {
     "grass": ("on the grass", "in a green meadow", "meadow"),

@@ -16,12 +16,16 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import mmkit
 from mmkit.features import _CAPTION_BATCH, _IMAGE_BATCH, _autocast, _encode_captions, _encode_images
 
 SCENES, CAPTIONS, PADDED = 150, 256, 16
+DECODED, DECODED_BATCH = 600, 25
+RECORDS = 20_000  # images of a synthetic Karpathy file
 IMAGES, TEXTS, PAIRS, PAIR_BATCH = 1000, 5000, 50_000, 4096
 
 
@@ -152,6 +156,98 @@ def image_contest(name: str, precision: str, dataset: mmkit.CaptionDataset, enco
     )
 
 
+def decode_vs_plain_loop(dataset: mmkit.CaptionDataset) -> Contest:
+    preprocessor = mmkit.MultimodalPreprocessor()
+    plain = mmkit.image_transform()
+
+    def ours() -> list[Tensor]:
+        return [preprocessor.preprocess_image(dataset.image(index)) for index in range(len(dataset))]
+
+    def baseline() -> list[Tensor]:
+        return [plain(Image.open(dataset.root / file).convert("RGB")) for file in dataset.files]
+
+    assert all(torch.equal(a, b) for a, b in zip(ours(), baseline(), strict=True))
+    return Contest(
+        "decode_vs_plain_loop",
+        "images/s",
+        f"decoding and transform of {len(dataset)} drawn scenes by CaptionDataset and MultimodalPreprocessor (EXIF, "
+        "modes and faults looked after), against a loop of Image.open, convert and the same torchvision transform",
+        ours,
+        baseline,
+        len(dataset),
+        len(dataset),
+    )
+
+
+def decode_two_workers(dataset: mmkit.CaptionDataset) -> Contest:
+    many = dataset.select([index % len(dataset) for index in range(DECODED)])
+    options = {"batch_size": DECODED_BATCH, "collate_fn": mmkit.MultimodalPreprocessor().collate}
+    pair = DataLoader(many, num_workers=2, persistent_workers=True, **options)
+    alone = DataLoader(many, **options)
+
+    def pixels(loader: DataLoader) -> float:
+        return sum(batch["pixels"].sum().item() for batch in loader)
+
+    assert pixels(pair) == pixels(alone)
+    return Contest(
+        "decode_two_workers",
+        "images/s",
+        f"batches of {DECODED_BATCH} from a DataLoader over {DECODED} drawn scenes and their captions: two worker "
+        "processes that run already, against none",
+        lambda: pixels(pair),
+        lambda: pixels(alone),
+        DECODED,
+        DECODED,
+    )
+
+
+def annotations_vs_json(folder: Path) -> Contest:
+    """Karpathy's file in small, with the token lists that make up most of it."""
+    (folder / "val2014").mkdir(parents=True)
+    rows = []
+    for image in range(RECORDS):
+        name = f"COCO_val2014_{image:012}.jpg"
+        (folder / "val2014" / name).touch()
+        tokens = [[f"word{(7 * image + 3 * k + n) % 700}" for n in range(10)] for k in range(5)]
+        told = [
+            {"tokens": row, "raw": " ".join(row), "imgid": image, "sentid": 5 * image + k}
+            for k, row in enumerate(tokens)
+        ]
+        rows.append(
+            {
+                "filepath": "val2014",
+                "filename": name,
+                "imgid": image,
+                "split": "train",
+                "sentences": told,
+                "cocoid": image,
+            }
+        )
+    file = folder / "dataset_coco.json"
+    file.write_text(json.dumps({"images": rows, "dataset": "coco"}), encoding="utf-8")
+
+    def ours() -> mmkit.CaptionDataset:
+        return mmkit.load_captions(folder)
+
+    def baseline() -> list[tuple[str, list[str]]]:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return [
+            (row["filename"], [sentence["raw"] for sentence in row["sentences"]])
+            for row in content["images"]
+            if (folder / row["filepath"] / row["filename"]).is_file()
+        ]
+
+    assert ours().captions == tuple(text for _, texts in baseline() for text in texts)
+    return Contest(
+        "annotations_vs_json",
+        "s",
+        f"reading and checking Karpathy's annotations of {RECORDS:,} images by load_captions, against json.loads, a "
+        "loop over the records and a look for each picture file",
+        ours,
+        baseline,
+    )
+
+
 def random_pool(dims: tuple[int, int]) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(IMAGES, dims[0], generator=generator), torch.randn(TEXTS, dims[1], generator=generator)
@@ -214,15 +310,27 @@ def ranks_vs_sort() -> Contest:
     )
 
 
-def contests(folder: Path) -> Iterator[Contest]:
+def contests(folder: Path, part: str) -> Iterator[Contest]:
     """Each made, and so warmed up, when its turn comes."""
-    dataset = mmkit.load_captions(mmkit.draw_scenes(folder / "scenes", SCENES))
+    dataset = mmkit.load_captions(mmkit.draw_scenes(folder / "scenes", SCENES)).select(range(SCENES))
     encoders = mmkit.load_encoders(device="cpu")
-    yield text_vs_pad512(dataset, encoders)
-    yield image_contest("image_vs_plain_loop", "auto", dataset, encoders)
-    yield image_contest("image_vs_plain_loop_float32", "float32", dataset, encoders)
-    yield score_vs_pairwise()
-    yield ranks_vs_sort()
+    makers: dict[str, Callable[[], Contest]] = {
+        "decode_vs_plain_loop": lambda: decode_vs_plain_loop(dataset),
+        "decode_two_workers": lambda: decode_two_workers(dataset),
+        "annotations_vs_json": lambda: annotations_vs_json(folder / "karpathy"),
+        "text_vs_pad512": lambda: text_vs_pad512(dataset, encoders),
+        "image_vs_plain_loop": lambda: image_contest("image_vs_plain_loop", "auto", dataset, encoders),
+        "image_vs_plain_loop_float32": lambda: image_contest(
+            "image_vs_plain_loop_float32", "float32", dataset, encoders
+        ),
+        "score_vs_pairwise": score_vs_pairwise,
+        "ranks_vs_sort": ranks_vs_sort,
+    }
+    chosen = [make for name, make in makers.items() if part in name]
+    if not chosen:
+        raise SystemExit(f"No measurement {part!r}. Valid names: {', '.join(makers)}")
+    for make in chosen:
+        yield make()
 
 
 def write(path: Path, entries: list[Entry]) -> None:
@@ -237,12 +345,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/bench.json"))
     # threads that wait for each other make a busy machine's figures a lottery
     parser.add_argument("--threads", type=int, default=1, help="of torch, on both sides (default: 1)")
+    parser.add_argument("--only", default="", metavar="PART", help="names that contain PART")
     parser.add_argument("--rounds", type=int, default=3, help="of which medians are taken (default: 3)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     start, entries = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as folder:
-        for contest in contests(Path(folder)):
+        for contest in contests(Path(folder), arguments.only):
             entries.append(measure(contest, arguments.rounds))
     write(arguments.out, entries)
     print(f"\n{'':<28} {'ratio':>7} {'ours':>9} {'baseline':>9}")

@@ -81,7 +81,9 @@ def evaluated(capsys, *arguments: object) -> dict:
 def test_drawn_scenes_pass_the_check(coco, capsys):
     assert main(["check", str(coco)]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"images +80\n", said) and re.search(r"captions +400\n", said) and re.search(r"faults +0\n", said)
+    assert re.search(r"images +88\n", said) and re.search(r"captions +440\n", said)
+    assert "stops: 0   skipped: 0   repaired: 0   kept: 0" in said
+    assert re.search(r"splits +to be cut: 80 +new: 8\n", said)
     assert "safe to train on" in said and "NOT" not in said
 
 
@@ -113,7 +115,7 @@ def test_check_shows_as_many_faults_as_asked(three_scenes, capsys):
 
 
 def assert_is_a_report(report: dict) -> None:
-    assert report["sizes"] == {"images": 80, "captions": 400}
+    assert report["sizes"] == {"images": 88, "captions": 440}
     fractions = []
     for kind in ("random", "hard"):
         fractions += [report["matching"][kind][name] for name in ("accuracy", "f1", "roc_auc")]
@@ -149,7 +151,7 @@ def test_evaluate_without_json_prints_the_same_figures(checkpoints, coco, capsys
     report = evaluated(capsys, *options)
     assert main(["evaluate", *options]) == 0
     said = capsys.readouterr().out
-    assert "80 images, 400 captions" in said
+    assert "88 images, 440 captions" in said
     assert f"accuracy {report['matching']['hard']['accuracy']:.3f}" in said
     assert f"R@5 {report['retrieval']['text_to_image']['r5']:.3f}" in said
 
@@ -184,13 +186,13 @@ def test_the_environment_names_the_folder_for_a_checkpoint_of_any_profile(copied
     assert main(["train", *options]) == 0
     capsys.readouterr()
     monkeypatch.setenv("MMKIT_COCO_ROOT", str(coco))
-    assert evaluated(capsys, copied, "--split", "all")["sizes"]["images"] == 80
+    assert evaluated(capsys, copied, "--split", "all")["sizes"]["images"] == 88
 
 
 def test_extract_prints_the_shapes_of_the_features(coco, capsys):
     assert main(["extract", "--coco-root", str(coco)]) == 0
     said = capsys.readouterr().out
-    assert "(80, 1280)" in said and "(400, 384)" in said
+    assert "(88, 1280)" in said and "(440, 384)" in said
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -1,9 +1,12 @@
 """The files that a newcomer's installation rests on say the same thing."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -67,11 +70,29 @@ def test_links_of_the_readme_lead_somewhere():
 
 def test_modules_stay_small_and_import_one_way():
     order = [
-        "errors", "assets", "progress", "profiles", "vocabulary", "scenes", "data", "preprocess", "encoders",
-        "features", "fusers", "graphs", "losses", "training", "evaluation", "plots", "course",
+        "errors", "assets", "progress", "profiles", "denormals", "vocabulary", "facts", "captions", "scenes",
+        "pictures", "transfer", "download", "annotations", "data", "check", "preprocess", "encoders",
+        "features", "fusers", "graphs", "losses", "training", "evaluation", "plots", "browser", "course",
     ]  # fmt: skip
     for path in (TOP / "mmkit").glob("[!_]*.py"):
         text = path.read_text()
         assert len(text.splitlines()) <= 360, path.name
-        for name in re.findall(r"^from \.(\w+) import", text, re.MULTILINE):
+        for name in re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE):
             assert order.index(name) < order.index(path.stem), f"{path.stem} imports {name}"
+
+
+def test_every_public_name_is_there_and_in_one_module_only():
+    names = [name for names in mmkit._NAMES.values() for name in names]
+    assert sorted(names) == mmkit.__all__ == sorted(set(names))
+    assert all(getattr(mmkit, name) is not None for name in names)
+    with pytest.raises(AttributeError, match="no attribute 'load_caption'"):
+        mmkit.load_caption  # noqa: B018
+
+
+def test_checking_a_folder_needs_neither_torch_nor_matplotlib(scenes_folder):
+    code = (
+        "import sys; from mmkit.__main__ import main; status = main(['check', sys.argv[1]]);"
+        "print(sorted({'torch', 'transformers', 'matplotlib', 'sklearn'} & set(sys.modules)), status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, scenes_folder], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[] 0"
