@@ -9,7 +9,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "check": ("CheckReport", "check_folder"),
     "data": ("CaptionDataset", "DiagnosticNegatives", "load_captions", "load_dataset"),
     "download": ("download_coco",),
-    "encoders": ("Encoders", "ImageEncoder", "TextEncoder", "load_encoders"),
+    "encoders": ("Encoders", "ImageEncoder", "TextEncoder"),
     "errors": ("MissingFile", "MmkitError"),
     "evaluation": (
         "best_threshold",
@@ -24,7 +24,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "retrieval_report",
     ),
     "facts": ("FACTS",),
-    "features": ("FeatureStore", "PairedFeatures", "extract_features"),
+    "extraction": ("extract_features",),
+    "features": ("FeatureStore", "PairedFeatures"),
     "fusers": ("MultimodalFeatureFuser", "PairFuser"),
     "graphs": ("MultimodalGNN", "cosine_knn_edges"),
     "losses": ("contrastive_loss", "matching_loss"),
@@ -47,6 +48,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "profiles": ("Profile", "profile"),
     "scenes": ("draw_scenes",),
     "training": ("FUSERS", "History", "build_fuser", "fit", "fit_profile", "load_checkpoint", "save_checkpoint"),
+    "zoo": ("EncoderCard", "encoder_table", "list_encoders", "load_encoders"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULE_OF)

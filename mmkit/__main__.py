@@ -23,13 +23,13 @@ def _settings(arguments: argparse.Namespace) -> mmkit.Profile:
     return mmkit.profile(name or ("photos" if root else None), skip_missing=arguments.skip_missing, **changes)
 
 
-def _load(profile: mmkit.Profile) -> tuple[mmkit.CaptionDataset, mmkit.Encoders, mmkit.FeatureStore]:
+def _load(profile: mmkit.Profile, **optional: bool) -> tuple[mmkit.CaptionDataset, mmkit.Encoders, mmkit.FeatureStore]:
     dataset = mmkit.load_dataset(profile)
     if faults := Counter(fault.kind for fault in dataset.faults):
         counted = ", ".join(f"{count:,} {kind}" for kind, count in faults.items())
         print(f"records with faults: {counted}; see: python -m mmkit check", file=sys.stderr)
     encoders = mmkit.load_encoders(profile.image_encoder, profile.text_encoder, profile.pooling, profile.max_tokens)
-    return dataset, encoders, mmkit.extract_features(dataset, encoders, profile.cache, profile.precision)
+    return dataset, encoders, mmkit.extract_features(dataset, encoders, profile.cache, profile.precision, **optional)
 
 
 def _split(
@@ -79,8 +79,19 @@ def download(arguments: argparse.Namespace) -> int:
 
 
 def extract(arguments: argparse.Namespace) -> int:
-    _, _, store = _load(_settings(arguments))
-    print(f"images {store.image_features.shape}, captions {store.caption_features.shape}, float16")
+    from accelerate import PartialState
+
+    _, _, store = _load(_settings(arguments), grids=arguments.grids, tokens=arguments.tokens)
+    if PartialState().is_main_process:  # of the processes of torchrun or accelerate launch
+        for name in ("images", "captions", "grids", "tokens"):
+            if name in store.arrays:
+                array = store.arrays[name]
+                print(f"{name:<9} {array.shape!s:<20} {array.dtype}  {array.nbytes / 1e6:,.1f} MB")
+    return 0
+
+
+def encoders(arguments: argparse.Namespace) -> int:
+    print(mmkit.encoder_table())
     return 0
 
 
@@ -171,7 +182,12 @@ def _parser() -> argparse.ArgumentParser:
     one = command("check", "read a COCO-captions folder and name every fault", "check /tmp/scenes", [missing])
     one.add_argument("folder", type=Path)
     one.add_argument("--show", type=int, default=20, metavar="N", help="faults of each kind to print (default: 20)")
-    command("extract", "extract and cache the features of a dataset", "extract --coco-root ~/coco", [data, missing])
+    command("encoders", "list the encoders: sizes, operations, licences, sources", "encoders")
+    one = command(
+        "extract", "extract and cache the features of a dataset", "extract --coco-root ~/coco", [data, missing]
+    )
+    one.add_argument("--grids", action="store_true", help="also the cells of each feature map (49 times the disk)")
+    one.add_argument("--tokens", action="store_true", help="also the tokens of each caption (14 times the disk)")
     one = command("train", "train a fuser and write a checkpoint", "train --fuser mlp --out runs/mlp", [data, missing])
     one.add_argument("--fuser", default="mlp", help="mlp or gnn (default: mlp)")
     one.add_argument("--out", type=Path, required=True, metavar="DIR")

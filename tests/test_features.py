@@ -20,7 +20,7 @@ from mmkit import (
     PairedFeatures,
     TextEncoder,
     extract_features,
-    features,
+    extraction,
     image_transform,
     load_captions,
 )
@@ -121,7 +121,8 @@ def test_features_are_stored_in_half_precision_as_read_only_memory_maps(store):
 def test_a_finished_store_is_one_folder_without_leftovers(undisturbed):
     cache, *_ = undisturbed
     (folder,) = stores(cache)
-    assert sorted(path.name for path in folder.iterdir()) == ["captions.npy", "images.npy", "manifest.json"]
+    names = ["caption_image.npy", "captions.npy", "image_ids.npy", "images.npy", "manifest.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     assert [path.name for path in (cache / "features").iterdir() if path.is_dir()] == [folder.name]
     assert FeatureStore(folder).image_features.shape == (60, 6)
 
@@ -244,7 +245,7 @@ def test_an_interrupted_extraction_goes_on_and_ends_in_the_same_bytes(
     dataset, tmp_path, undisturbed, monkeypatch, kind, done, save_every
 ):
     _, expected, (image_batches, caption_batches) = undisturbed
-    monkeypatch.setattr(features, "_SAVE_EVERY", save_every)
+    monkeypatch.setattr(extraction, "_SAVE_EVERY", save_every)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         counted(patch, kind, stop_after=done)
         extract(dataset, tmp_path)
@@ -259,7 +260,7 @@ def test_an_interrupted_extraction_goes_on_and_ends_in_the_same_bytes(
 
 
 def test_interrupted_twice_is_no_worse(dataset, tmp_path, undisturbed, monkeypatch):
-    monkeypatch.setattr(features, "_SAVE_EVERY", 1)
+    monkeypatch.setattr(extraction, "_SAVE_EVERY", 1)
     for kind, done in ((ImageEncoder, 2), (ImageEncoder, 3), (TextEncoder, 1)):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             counted(patch, kind, stop_after=done)
@@ -270,13 +271,13 @@ def test_interrupted_twice_is_no_worse(dataset, tmp_path, undisturbed, monkeypat
 
 @pytest.mark.parametrize("damage", ["mark empty", "array missing", "array cut"])
 def test_a_damaged_unfinished_folder_is_started_again(dataset, tmp_path, undisturbed, monkeypatch, damage):
-    monkeypatch.setattr(features, "_SAVE_EVERY", 1)
+    monkeypatch.setattr(extraction, "_SAVE_EVERY", 1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         counted(patch, ImageEncoder, stop_after=3)
         extract(dataset, tmp_path)
     (unfinished,) = (tmp_path / "features").glob("*.part")
     if damage == "mark empty":
-        (unfinished / "done.json").write_text("")
+        (unfinished / "images_done.npy").write_text("")
     elif damage == "array missing":
         (unfinished / "images.npy").unlink()
     else:

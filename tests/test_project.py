@@ -71,8 +71,9 @@ def test_links_of_the_readme_lead_somewhere():
 def test_modules_stay_small_and_import_one_way():
     order = [
         "errors", "assets", "progress", "profiles", "denormals", "vocabulary", "facts", "captions", "scenes",
-        "pictures", "transfer", "download", "annotations", "data", "check", "preprocess", "encoders",
-        "features", "fusers", "graphs", "losses", "training", "evaluation", "plots", "browser", "course",
+        "pictures", "transfer", "download", "annotations", "data", "check", "preprocess", "encoders", "weights",
+        "backbones", "zoo", "features", "extraction", "fusers", "graphs", "losses", "training", "evaluation", "plots",
+        "browser", "course",
     ]  # fmt: skip
     for path in (TOP / "mmkit").glob("[!_]*.py"):
         text = path.read_text()

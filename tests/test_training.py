@@ -52,9 +52,9 @@ def learnable(images: int, seed: int, noise: float = 0.2) -> PairedFeatures:
 
 
 def with_nan(features: PairedFeatures) -> PairedFeatures:
-    images = features.image_source.copy()
+    images = features.sources["images"].copy()
     images[3, 2] = np.nan
-    return PairedFeatures.from_arrays(images, features.caption_source, features.owner)
+    return PairedFeatures.from_arrays(images, features.sources["captions"], features.owner)
 
 
 def small_mlp(dims: tuple[int, int] = (IMAGE_DIM, TEXT_DIM), **changes: object) -> MultimodalFeatureFuser:
