@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 from torchvision.transforms import v2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -112,7 +113,8 @@ class MultimodalPreprocessor:
         images, captions = zip(*items, strict=True)
         owners = [row for row, texts in enumerate(captions) for _ in texts]
         return {
-            "pixels": torch.stack([self.preprocess_image(image) for image in images]),
+            # in a worker process default_collate stacks into shared memory, and so saves a copy
+            "pixels": default_collate([self.preprocess_image(image) for image in images]),
             "caption_image": torch.tensor(owners),
             **self.preprocess_text([text for texts in captions for text in texts]),
         }
