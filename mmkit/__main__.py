@@ -48,13 +48,21 @@ def _weights(encoders: mmkit.Encoders) -> dict[str, str]:
 
 
 def _print_report(report: dict) -> None:
+    def between(part: str, name: str) -> str:
+        if name not in report["intervals"][part]:
+            return ""
+        interval, percent = report["intervals"][part][name], name == "rsum"
+        return f" ({interval['low']:.{0 if percent else 3}f} to {interval['high']:.{0 if percent else 3}f})"
+
     sizes = report["sizes"]
-    print(f"{sizes['images']:,} images, {sizes['captions']:,} captions")
+    print(f"{sizes['images']:,} images, {sizes['captions']:,} captions; 95 % intervals over images in brackets")
     for kind, row in report["matching"].items():
-        print(f"matching, {kind} negatives 1:1   " + "   ".join(f"{name} {value:.3f}" for name, value in row.items()))
+        figures = (f"{name} {value:.3f}{between(kind, name)}" for name, value in row.items())
+        print(f"matching, {kind} negatives 1:1   " + "   ".join(figures))
     for direction, row in report["retrieval"].items():
-        recalls = "   ".join(f"R@{k} {row[f'r{k}']:.3f}" for k in (1, 5, 10))
-        print(f"{direction:<30} {recalls}   median rank {row['median_rank']:.0f}")
+        recalls = "   ".join(f"R@{k} {row[f'r{k}']:.3f}{between('retrieval', f'{direction}.r{k}')}" for k in (1, 5, 10))
+        print(f"{direction:<15} {recalls}   median rank {row['median_rank']:.0f}")
+    print(f"rsum {report['rsum']:.1f}{between('retrieval', 'rsum')}")
 
 
 def scenes(arguments: argparse.Namespace) -> int:
@@ -96,7 +104,7 @@ def encoders(arguments: argparse.Namespace) -> int:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    from mmkit.training import check_free_for_checkpoint
+    from mmkit.checkpoints import check_free_for_checkpoint
 
     profile = _settings(arguments)
     check_free_for_checkpoint(arguments.out)
@@ -105,14 +113,16 @@ def train(arguments: argparse.Namespace) -> int:
     dataset, encoders, store = _load(profile)
     parts = {name: _split(profile, dataset, store, name) for name in ("train", "val")}
     fuser = mmkit.build_fuser(arguments.fuser, profile, *parts["train"].dims)
-    history = mmkit.fit_profile(fuser, parts["train"], parts["val"], profile)
+    state = arguments.out.with_name(f"{arguments.out.name}.state")  # the same command goes on from here
+    history = mmkit.fit_profile(fuser, parts["train"], parts["val"], profile, state)
     thresholds = mmkit.choose_thresholds(fuser, parts["val"], profile.seed)
     mmkit.save_checkpoint(arguments.out, fuser, arguments.fuser, profile, thresholds, history, _weights(encoders))
+    state.unlink(missing_ok=True)
     best = history.rows[history.best_epoch]
-    print(f"{arguments.fuser}: {len(parts['train'].image_rows):,} images, {len(history.rows)} epochs")
-    print(
-        f"kept epoch {history.best_epoch + 1}, validation loss {best['validation_loss']:.3f}; saved as {arguments.out}"
-    )
+    closed = "gradient_steps" in best
+    steps = "solved in closed form" if closed else f"{len(history.rows)} epochs, kept epoch {history.best_epoch + 1}"
+    print(f"{arguments.fuser}: {len(parts['train'].image_rows):,} images, {steps}")
+    print(f"validation loss {best['validation_loss']:.3f}; saved as {arguments.out}")
     return 0
 
 
@@ -189,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--grids", action="store_true", help="also the cells of each feature map (49 times the disk)")
     one.add_argument("--tokens", action="store_true", help="also the tokens of each caption (14 times the disk)")
     one = command("train", "train a fuser and write a checkpoint", "train --fuser mlp --out runs/mlp", [data, missing])
-    one.add_argument("--fuser", default="mlp", help="mlp or gnn (default: mlp)")
+    one.add_argument("--fuser", default="mlp", help="mlp, gnn, gated, two-tower or cca (default: mlp)")
     one.add_argument("--out", type=Path, required=True, metavar="DIR")
     one.add_argument("--epochs", type=int)
     one.add_argument("--seed", type=int)

@@ -1,7 +1,7 @@
 """Matching and retrieval under named protocols, and two checks that expose a leak."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -12,6 +12,18 @@ from torch import Tensor
 from .errors import MmkitError
 from .features import PairedFeatures
 from .fusers import PairFuser
+from .metrics import (
+    CUTS,
+    DIRECTIONS,
+    Interval,
+    best_threshold,
+    bootstrap,
+    constant_scores,
+    count_ranks,
+    ranks,
+    retrieval_intervals,
+    rows_at_a_time,
+)
 
 NEGATIVES = ("random", "hard")
 _CHUNK = 4096
@@ -20,7 +32,7 @@ _CHUNK = 4096
 @dataclass(frozen=True)
 class Matching:
     """Matched against unmatched pairs, 1:1. Fractions; `negatives` names the protocol, `pool` the images and captions
-    that a transductive fuser saw."""
+    that a transductive fuser saw. `intervals` holds the 95 % interval of the "accuracy", bootstrapped over images."""
 
     negatives: str
     accuracy: float
@@ -30,6 +42,7 @@ class Matching:
     threshold: float
     pairs: int
     pool: tuple[int, int]
+    intervals: dict[str, Interval] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -44,11 +57,16 @@ class Recall:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Both directions over a pool of `pool` images and captions. `rsum` is the sum of the six recalls in percent."""
+    """Both directions over a pool of `pool` images and captions. `rsum` is the sum of the six recalls in percent.
+
+    `intervals` holds the 95 % intervals of "image_to_text.r1" … "text_to_image.r10" and "rsum", bootstrapped over
+    images; it is empty for a single image.
+    """
 
     image_to_text: Recall
     text_to_image: Recall
     pool: tuple[int, int]
+    intervals: dict[str, Interval] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def rsum(self) -> float:
@@ -96,19 +114,6 @@ def matching_logits(fuser: PairFuser, features: PairedFeatures, kind: str, seed:
     return torch.cat(logits).cpu(), labels.long()
 
 
-def best_threshold(logits: Tensor, labels: Tensor) -> float:
-    """The threshold of highest accuracy of `logits > threshold`, halfway between two neighbouring logits."""
-    order = logits.argsort()
-    ordered, matched = logits[order].double(), labels[order].long()
-    # cut k: the k lowest logits are called unmatched
-    correct = torch.cat([matched.new_zeros(1), (1 - matched).cumsum(0)]) + matched.sum()
-    correct[1:] -= matched.cumsum(0)
-    allowed = torch.cat([torch.tensor([True]), ordered[1:] > ordered[:-1], torch.tensor([True])])
-    cut = int(torch.where(allowed, correct, -1).argmax())
-    edges = torch.cat([ordered[:1] - 1, ordered, ordered[-1:] + 1])
-    return float((edges[cut] + edges[cut + 1]) / 2)
-
-
 def choose_thresholds(fuser: PairFuser, validation: PairedFeatures, seed: int = 0) -> dict[str, float]:
     """The threshold of each kind of negatives, chosen on the validation split and nowhere else."""
     return {kind: best_threshold(*matching_logits(fuser, validation, kind, seed)) for kind in NEGATIVES}
@@ -119,7 +124,9 @@ def matching_report(
 ) -> dict[str, Matching]:
     """Accuracy, F1, ROC-AUC and average precision for each kind of negatives, at thresholds from `choose_thresholds`.
 
-    Beside it stand the constants: at 1:1 any constant has accuracy 0.5, and "always matched" has F1 0.667.
+    Beside it stand the constants (`constant_scores`): at 1:1 any constant has accuracy 0.5, and "always matched" has
+    F1 0.667. A logit on the threshold counts as unmatched; ties between logits count half in ROC-AUC and are called
+    together in average precision.
     """
     report = {}
     for kind in thresholds:
@@ -127,59 +134,88 @@ def matching_report(
         if not torch.isfinite(logits).all():
             raise MmkitError("The fuser's logits hold NaN or infinity; it cannot be evaluated.")
         called = logits.double() > thresholds[kind]  # a threshold may lie between two neighbouring float32
+        correct = called == labels.bool()
         report[kind] = Matching(
             negatives=kind,
-            accuracy=float((called == labels.bool()).double().mean()),
+            accuracy=float(correct.double().mean()),
             f1=float(f1_score(labels, called)),
             roc_auc=float(roc_auc_score(labels, logits)),
             average_precision=float(average_precision_score(labels, logits)),
             threshold=thresholds[kind],
             pairs=len(labels),
             pool=(len(features.image_rows), len(features.owner)),
+            intervals={"accuracy": bootstrap(*_per_image(correct, features), seed=seed)},
         )
     return report
 
 
-def ranks(scores: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks from 1 of the true matches in `scores` `(N, M)`: per image `(N,)` and per caption `(M,)`.
+def _per_image(correct: Tensor, features: PairedFeatures) -> tuple[Tensor, Tensor]:
+    """Sums of `correct` and numbers of pairs, `(N,)` each. Both pairs of a caption count for the image it belongs to,
+    since they share the caption."""
+    owner = features.owner.repeat(len(correct) // len(features.owner))
+    images = len(features.image_rows)
+    return owner.bincount(correct.double(), minlength=images), owner.bincount(minlength=images)
 
-    An image's rank is that of its best caption among the captions of other images; a caption's that of its image. They
-    are counted, not sorted, and ties are resolved against the model. `owner[j]` is caption `j`'s image.
+
+def scorer(fuser: PairFuser, features: PairedFeatures) -> Callable[..., Tensor]:
+    """A function `(rows, columns)` → the logits of these images and captions of the pool (by default all captions).
+
+    A transductive fuser's logits depend on the pool, so it scores the whole pool once, and all N·M logits are held;
+    of any other the nodes are held, and logits are computed when they are asked for. Call it under inference mode.
     """
-    if scores.shape[1] != len(owner):
-        raise MmkitError(f"scores have {scores.shape[1]} columns for {len(owner)} captions.")
-    if torch.isnan(scores).any():
-        raise MmkitError("The scores hold NaN; they cannot be ranked.")
-    columns = torch.arange(len(owner), device=scores.device)
-    owner = owner.to(scores.device)
-    own = scores[owner, columns]
-    best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, owner, own, "amax")
-    image_ranks, caption_ranks = [], torch.zeros_like(owner)
-    for rows in torch.arange(len(scores), device=scores.device).split(max(1, 2**24 // len(owner))):
-        block, others = scores[rows], owner != rows[:, None]
-        image_ranks.append(1 + ((block >= best[rows, None]) & others).sum(dim=1))
-        caption_ranks += ((block >= own) & others).sum(dim=0)
-    return torch.cat(image_ranks), 1 + caption_ranks
+    fuser.eval()
+    device = next(fuser.parameters()).device
+    images, texts = features.images().to(device), features.captions().to(device)
+    if fuser.transductive:
+        scores = fuser.score(images, texts)
+        return lambda rows, columns=slice(None): scores[rows][:, columns]
+    image_nodes, text_nodes = fuser.nodes(images, texts)
+    return lambda rows, columns=slice(None): fuser.score_nodes(image_nodes[rows], text_nodes[columns])
+
+
+@torch.inference_mode()
+def ranked(fuser: PairFuser, features: PairedFeatures, block: int | None = None) -> tuple[Tensor, Tensor]:
+    """`ranks` of a pool of any size: per image `(N,)` and per caption `(M,)`, on the fuser's device.
+
+    The logits of `block` images with all captions are held at a time (by default 16 MB of them), never all N·M, unless
+    the fuser is transductive (see `scorer`). The price: the true pairs are scored twice.
+    """
+    weight = next(fuser.parameters())
+    score, owner = scorer(fuser, features), features.owner.to(weight.device)
+    images, block = len(features.image_rows), block or rows_at_a_time(len(features.owner))
+    if block >= images:
+        return ranks(score(torch.arange(images, device=owner.device)), owner)
+    own = weight.new_zeros(len(owner))
+    for rows in torch.arange(images, device=owner.device).split(block):
+        mine = torch.isin(owner, rows).nonzero().flatten()
+        own[mine] = score(rows, mine)[owner[mine] - rows[0], torch.arange(len(mine), device=owner.device)]
+    return count_ranks(score, own, owner, images, block)
 
 
 def _recall(found: Tensor) -> Recall:
     places = found.cpu().numpy()
-    return Recall(*(float((places <= k).mean()) for k in (1, 5, 10)), median_rank=float(np.median(places)))
+    return Recall(*(float((places <= k).mean()) for k in CUTS), median_rank=float(np.median(places)))
 
 
-@torch.inference_mode()
 def retrieval_report(fuser: PairFuser, features: PairedFeatures) -> Retrieval:
     """Rank all captions for each image and all images for each caption of `features`."""
-    fuser.eval()
-    device = next(fuser.parameters()).device
-    scores = fuser.score(features.images().to(device), features.captions().to(device))
-    image_ranks, caption_ranks = ranks(scores, features.owner)
-    return Retrieval(_recall(image_ranks), _recall(caption_ranks), tuple(scores.shape))
+    image_ranks, caption_ranks = ranked(fuser, features)
+    return Retrieval(
+        _recall(image_ranks),
+        _recall(caption_ranks),
+        (len(image_ranks), len(caption_ranks)),
+        retrieval_intervals(image_ranks, caption_ranks, features.owner),
+    )
 
 
 def report_json(features: PairedFeatures, matching: dict[str, Matching], retrieval: Retrieval) -> dict:
-    """Both reports as plain numbers, fractions but for the sizes and the median rank."""
-    directions = {name: getattr(retrieval, name) for name in ("image_to_text", "text_to_image")}
+    """Both reports as plain numbers, fractions but for the sizes, the median rank and rsum (percent).
+
+    "constants" is what "always" and "never" score at these pairs' balance; "intervals" the 95 % intervals, by the name
+    of the negatives and under "retrieval".
+    """
+    directions = {name: getattr(retrieval, name) for name in DIRECTIONS}
+    intervals = {kind: row.intervals for kind, row in matching.items()} | {"retrieval": retrieval.intervals}
     return {
         "sizes": {"images": len(features.image_rows), "captions": len(features.owner)},
         "matching": {
@@ -187,6 +223,11 @@ def report_json(features: PairedFeatures, matching: dict[str, Matching], retriev
             for kind, row in matching.items()
         },
         "retrieval": {name: asdict(recall) for name, recall in directions.items()},
+        "rsum": retrieval.rsum,
+        "constants": constant_scores(torch.tensor([1, 0])),  # 1:1
+        "intervals": {
+            part: {name: interval._asdict() for name, interval in found.items()} for part, found in intervals.items()
+        },
     }
 
 

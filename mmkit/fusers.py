@@ -1,4 +1,4 @@
-"""The contract of every fuser, and the MLP fuser (system A)."""
+"""The contract of every fuser, and the MLP fusers: system A's, and one with a gate."""
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,17 @@ from .errors import MmkitError
 
 # a block of pair activations that stays near the processor's cache: 2²² floats are 16 MB
 _BLOCK = 2**22
-_TEMPERATURE = 0.07  # CLIP's start
+TEMPERATURE = 0.07  # CLIP's start
 
 
 def unit_scale(nodes: Tensor) -> Tensor:
     """Nodes `(N, width)` at length √width: unit scale per component, and products that sum to width · cosine."""
     return F.normalize(nodes, dim=-1) * nodes.shape[-1] ** 0.5
+
+
+def _rows_at_once(from_texts: Tensor) -> int:
+    """How many images meet all texts in one block."""
+    return max(1, _BLOCK // max(1, from_texts.numel()))
 
 
 class Standardize(nn.Module):
@@ -31,8 +36,11 @@ class Standardize(nn.Module):
 
     def fit(self, features: Tensor) -> None:
         """Take mean and deviation of `features` `(N, dim)`; constant features are only centred."""
-        self.mean.copy_(features.mean(dim=0))
-        deviation = features.std(dim=0, correction=0)
+        self.assign(features.mean(dim=0), features.std(dim=0, correction=0))
+
+    def assign(self, mean: Tensor, deviation: Tensor) -> None:
+        """Take a mean `(dim,)` and a deviation `(dim,)` that are known already."""
+        self.mean.copy_(mean)
         self.deviation.copy_(torch.where(deviation > 1e-6, deviation, torch.ones_like(deviation)))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -59,12 +67,17 @@ class PairFuser(nn.Module, PyTorchModelHubMixin, library_name="mmkit", license="
         self.image_dim, self.text_dim, self.width, self.fused_dim = image_dim, text_dim, width, 2 * width
         self.standardize_images, self.standardize_texts = Standardize(image_dim), Standardize(text_dim)
         self.feature_dropout = nn.Dropout(feature_dropout)
+        self.build_head(dropout)
+        self.log_temperature = nn.Parameter(torch.tensor(TEMPERATURE).log())  # of the contrastive loss
+
+    def build_head(self, dropout: float) -> None:
+        """Make the layers that `fuse` and `match` need; a subclass that fuses otherwise replaces all three."""
+        width = self.width
         self.concatenation = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Dropout(dropout))
         self.match_head = nn.Linear(2 * width, 1)
-        self.log_temperature = nn.Parameter(torch.tensor(_TEMPERATURE).log())  # of the contrastive loss
         with torch.no_grad():
             product, joined = self.match_head.weight[0].split(width)
-            product.fill_(1 / (_TEMPERATURE * width))  # nodes have length √width
+            product.fill_(1 / (TEMPERATURE * width))  # nodes have length √width
             joined.zero_()
 
     def nodes(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,8 +131,9 @@ class PairFuser(nn.Module, PyTorchModelHubMixin, library_name="mmkit", license="
         from_images = F.linear(image_nodes, image_part, linear.bias)
         from_texts = F.linear(text_nodes, text_part)
         logits = (image_nodes * product) @ text_nodes.T + self.match_head.bias
-        rows = max(1, _BLOCK // max(1, from_texts.numel()))
-        blocks = [torch.relu(block[:, None] + from_texts) @ joined for block in from_images.split(rows)]
+        blocks = [
+            torch.relu(block[:, None] + from_texts) @ joined for block in from_images.split(_rows_at_once(from_texts))
+        ]
         return logits + torch.cat(blocks)
 
 
@@ -151,3 +165,50 @@ class MultimodalFeatureFuser(PairFuser):
         if self.normalize:
             image_nodes, text_nodes = unit_scale(image_nodes), unit_scale(text_nodes)
         return image_nodes, text_nodes
+
+
+class GatedFuser(MultimodalFeatureFuser):
+    """System A with a gate that chooses, for each pair and each component, between the two paths.
+
+    The gate is that of the gated multimodal unit (Arevalo et al. 2017, section 3), `g = sigmoid(W[a; b] + c)`. There
+    it mixes the two modalities, `g·a + (1 - g)·b`; but a mean of an image and a text does not tell whether they agree,
+    so here it mixes what does: the fused vector is `[g · product, (1 - g) · joined]`. A component that says nothing
+    about this pair can be silenced, which the MLP fuser's one set of head weights for all pairs cannot do.
+    """
+
+    def build_head(self, dropout: float) -> None:
+        """Add the gate, half open for every pair at first: the logit starts as cosine over temperature."""
+        super().build_head(dropout)
+        self.gate = nn.Linear(2 * self.width, self.width)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+        with torch.no_grad():
+            self.match_head.weight.mul_(2)
+
+    def gates(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Aligned pairs `(B, image_dim)`, `(B, text_dim)` → gates `(B, width)` in (0, 1); 1 opens the product path."""
+        return self._gate(*self.nodes(images, texts))
+
+    def _gate(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
+        return self.gate(torch.cat([image_nodes, text_nodes], dim=-1)).sigmoid()
+
+    def fuse(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
+        """Aligned nodes `(B, width)` twice → `(B, 2·width)`: the product times the gate, the other path by the rest."""
+        gate = self._gate(image_nodes, text_nodes)
+        return super().fuse(image_nodes, text_nodes) * torch.cat([gate, 1 - gate], dim=-1)
+
+    def score_nodes(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
+        """As in `PairFuser`; the gate's layer splits as well, but a gated product is no longer bilinear, so each
+        block holds gates and hidden units, about six passes over memory where the MLP fuser takes two."""
+        layers = (self.gate, self.concatenation[0])
+        image_part, text_part = torch.cat([layer.weight for layer in layers]).split(self.width, dim=1)
+        from_images = F.linear(image_nodes, image_part, torch.cat([layer.bias for layer in layers]))
+        from_texts = F.linear(text_nodes, text_part)
+        product, joined = self.match_head.weight[0].split(self.width)
+        rows, blocks = _rows_at_once(from_texts), []
+        for nodes, block in zip((image_nodes * product).split(rows), from_images.split(rows), strict=True):
+            gate, hidden = (block[:, None] + from_texts).split(self.width, dim=-1)
+            gate, hidden = gate.sigmoid(), hidden.relu()
+            agreement = ((gate * text_nodes) @ nodes[:, :, None]).squeeze(-1)
+            blocks.append(agreement + ((1 - gate) * hidden) @ joined)
+        return torch.cat(blocks) + self.match_head.bias

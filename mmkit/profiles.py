@@ -36,7 +36,8 @@ class Profile:
 
     `skip_missing` leaves out images whose picture file is not there, which otherwise is an error;
     `max_tokens` counts word pieces with [CLS] and [SEP]; fractions are of images; `neighbours`
-    is k of the k-nearest-neighbour graph; `learning_rate` is AdamW's peak.
+    is k of the k-nearest-neighbour graph; `learning_rate` is AdamW's peak; training ends after `patience`
+    epochs without a lower validation loss, where that is not 0.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Profile:
     weight_decay: float = 0.1
     contrastive_weight: float = 1.0
     matching_weight: float = 0.2
+    patience: int = 0
     seed: int = 0
 
     def __repr__(self) -> str:  # a readable table without any path of the machine

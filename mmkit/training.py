@@ -1,33 +1,38 @@
-"""One loop for every fuser, and the checkpoints it leaves."""
+"""One loop for every fuser."""
 
-import contextlib
 import copy
-import io
 import json
 import math
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .errors import MissingFile, MmkitError
+from .baselines import RegularizedCCA, TwoTower
+from .errors import MmkitError
 from .features import PairedFeatures
-from .fusers import MultimodalFeatureFuser, PairFuser
+from .fusers import GatedFuser, MultimodalFeatureFuser, PairFuser
 from .graphs import MultimodalGNN
 from .losses import contrastive_loss, matching_loss, sample_negatives
 from .profiles import Profile
 from .progress import progress
+from .states import load_state, save_state
 
-FUSERS: dict[str, type[PairFuser]] = {"mlp": MultimodalFeatureFuser, "gnn": MultimodalGNN}
+FUSERS: dict[str, type[PairFuser]] = {
+    "mlp": MultimodalFeatureFuser,
+    "gnn": MultimodalGNN,
+    "gated": GatedFuser,
+    "two-tower": TwoTower,
+    "cca": RegularizedCCA,
+}
 
 
 def build_fuser(name: str, profile: Profile, image_dim: int, text_dim: int) -> PairFuser:
@@ -35,18 +40,33 @@ def build_fuser(name: str, profile: Profile, image_dim: int, text_dim: int) -> P
     if name not in FUSERS:
         raise MmkitError(f"No fuser {name!r}. Valid names: {', '.join(FUSERS)}")
     set_seed(profile.seed)
+    sizes = (image_dim, text_dim, profile.hidden_dim if name == "gnn" else profile.fusion_dim)
     dropouts = {"dropout": profile.dropout, "feature_dropout": profile.feature_dropout}
-    if name == "mlp":
-        return MultimodalFeatureFuser(image_dim, text_dim, profile.fusion_dim, **dropouts)
-    return MultimodalGNN(
-        image_dim, text_dim, profile.hidden_dim, profile.heads, profile.layers, profile.neighbours, **dropouts
-    )
+    if name == "gnn":
+        return MultimodalGNN(*sizes, profile.heads, profile.layers, profile.neighbours, **dropouts)
+    if name == "two-tower":
+        return TwoTower(*sizes, profile.feature_dropout)
+    if name == "cca":
+        return RegularizedCCA(*sizes)
+    return FUSERS[name](*sizes, **dropouts)
 
 
-def fit_profile(fuser: PairFuser, train: PairedFeatures, validation: PairedFeatures, profile: Profile) -> "History":
-    """`fit` with the profile's settings."""
-    names = ("epochs", "batch_size", "learning_rate", "weight_decay", "contrastive_weight", "matching_weight", "seed")
-    return fit(fuser, train, validation, **{name: getattr(profile, name) for name in names})
+def fit_profile(
+    fuser: PairFuser, train: PairedFeatures, validation: PairedFeatures, profile: Profile, state: Path | None = None
+) -> "History":
+    """`fit` with the profile's settings. A closed form is solved: its history is one row, with 0 gradient steps."""
+    if isinstance(fuser, RegularizedCCA):
+        fuser.solve(train, validation, profile.seed)
+        weights, row = (profile.contrastive_weight, profile.matching_weight), {"gradient_steps": 0.0}
+        row["temperature"] = fuser.log_temperature.exp().item()
+        for prefix, part in (("", train), ("validation_", validation)):
+            losses = validation_losses(fuser, part, profile.batch_size, profile.seed)
+            row |= {f"{prefix}contrastive": losses[0], f"{prefix}matching": losses[1]}
+            row[f"{prefix}loss"] = weights[0] * losses[0] + weights[1] * losses[1]
+        return History([row])
+    names = ("epochs", "batch_size", "learning_rate", "weight_decay", "contrastive_weight", "matching_weight")
+    settings = {name: getattr(profile, name) for name in (*names, "patience", "seed")}
+    return fit(fuser, train, validation, **settings, state=state)
 
 
 class PairBatches(Dataset):
@@ -68,6 +88,24 @@ class PairBatches(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         images, owner = self.features.owner[list(indices)].unique(return_inverse=True)
         return self.features.images(images), self.features.captions(indices), owner
+
+
+class _Order(Sampler[int]):
+    """The captions of an epoch in an order that depends on the seed and the epoch alone, so that it can be resumed."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(_epoch_seed(self.seed, self.epoch))
+        return iter(torch.randperm(self.count, generator=generator).tolist())
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return seed * 100_003 + epoch
 
 
 class _PairLosses(nn.Module):
@@ -118,6 +156,13 @@ def _weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def _mixed_precision() -> str:
+    """What Accelerate computes in: half precision where the device has it, as GPUs do."""
+    if not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
 def fit(
     fuser: PairFuser,
     train: PairedFeatures,
@@ -130,40 +175,58 @@ def fit(
     contrastive_weight: float = 1.0,
     matching_weight: float = 1.0,
     clip: float = 1.0,
+    patience: int = 0,
     seed: int = 0,
+    state: Path | None = None,
 ) -> History:
     """Train `fuser` in place by contrastive + cross-entropy loss, and keep the epoch of lowest validation loss.
 
     AdamW with a peak of `learning_rate`, a tenth of the steps as warm-up, then cosine annealing; gradients are
-    clipped to norm `clip`. Input features are standardised by the training set's statistics. The device and
-    the processes are Accelerate's. A loss that is not finite stops with the step and advice.
+    clipped to norm `clip`. Input features are standardised by the training set's statistics. With `patience` the
+    training ends after so many epochs without a lower validation loss. The device, the processes and, on a GPU,
+    half precision are Accelerate's. A loss that is not finite stops with the step, the images and advice.
+
+    `state` names a file in which each finished epoch is kept; a training that was broken off goes on from there, and
+    ends in the same weights on the same device. The caller deletes the file when the fuser is safe.
     """
     if epochs < 1:
         raise MmkitError(f"epochs is {epochs}; training takes at least one.")
+    if isinstance(fuser, RegularizedCCA):
+        raise MmkitError("A CCA is solved, not stepped. Remedy: fit_profile, or fuser.solve(train, validation)")
     set_seed(seed)
     rows = torch.randperm(len(train.image_rows))[:20_000]
     fuser.check_sizes(train.images(rows[:1]), train.captions(slice(0, 1)))
     fuser.standardize_images.fit(train.images(rows))
     fuser.standardize_texts.fit(train.captions(torch.randperm(len(train.owner))[:20_000]))
 
-    accelerator = Accelerator()
-    losses = _PairLosses(fuser)
-    loader = DataLoader(PairBatches(train), batch_size, shuffle=True, collate_fn=lambda batch: batch)
+    accelerator = Accelerator(mixed_precision=_mixed_precision())
+    losses, order = _PairLosses(fuser), _Order(len(train.owner), seed)
+    loader = DataLoader(PairBatches(train), batch_size, sampler=order, collate_fn=lambda batch: batch)
     optimizer = torch.optim.AdamW(_weight_groups(losses, weight_decay), lr=learning_rate)
     total = epochs * len(loader)
     scheduler = LambdaLR(optimizer, lambda step: _warmup_cosine(step, max(1, total // 10), total))
     losses, optimizer, loader, scheduler = accelerator.prepare(losses, optimizer, loader, scheduler)
     history, best = History(), copy.deepcopy(fuser.state_dict())
-    for epoch in progress(range(epochs), "training", unit="epochs"):
+    settings = [epochs, batch_size, learning_rate, weight_decay, contrastive_weight, matching_weight, clip, seed]
+    sizes = [sum(p.numel() for p in fuser.parameters()), len(train.owner), len(validation.owner)]
+    made_by = [type(fuser).__name__, sizes, settings]
+    if state is not None and state.is_file():
+        history, best = _resume(state, made_by, fuser, optimizer, scheduler)
+    for epoch in progress(range(len(history.rows), epochs), "training", unit="epochs"):
+        if patience and len(history.rows) - 1 - history.best_epoch >= patience:
+            break
+        set_seed(_epoch_seed(seed, epoch))
+        order.epoch = epoch
         losses.train()
         sums = torch.zeros(2)
         for step, batch in enumerate(loader):
             contrastive, matching = losses(*batch)
             loss = contrastive_weight * contrastive + matching_weight * matching
             if not torch.isfinite(loss):
+                images = _suspects(train, order, step, batch_size)
                 raise MmkitError(
-                    f"The loss is {loss.item()} in epoch {epoch}, step {step}. Remedy: lower learning_rate "
-                    f"({learning_rate}), or look for NaN in the features."
+                    f"The loss is {loss.item()} in epoch {epoch}, step {step}, images {images}. "
+                    f"Remedy: lower learning_rate ({learning_rate}), or look for NaN in the features."
                 )
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(losses.parameters(), clip)
@@ -185,9 +248,36 @@ def fit(
         history.rows.append(row)
         if row["validation_loss"] <= min(history.column("validation_loss")):
             history.best_epoch, best = epoch, copy.deepcopy(fuser.state_dict())
+        if state is not None and accelerator.is_main_process:
+            facts = {"made_by": made_by, "history": asdict(history), "scheduler": scheduler.scheduler.state_dict()}
+            modules = {"fuser": fuser.state_dict(), "best": best}
+            save_state(state, modules, optimizer.optimizer.state_dict(), facts)
     fuser.load_state_dict(best)
     fuser.eval()
     return history
+
+
+def _suspects(train: PairedFeatures, order: _Order, step: int, batch_size: int) -> str:
+    """The images of a step whose features are not finite, or of all the step, for an error message."""
+    captions = list(order)[step * batch_size : (step + 1) * batch_size]
+    rows = train.owner[captions].unique()
+    broken = [row for row in rows.tolist() if not torch.isfinite(train.images([row])).all()]
+    ids = train.image_ids[broken or rows].tolist()
+    what = "with features that are not finite" if broken else "of the batch"
+    return f"{what}: {', '.join(map(str, ids[:5]))}{', …' if len(ids) > 5 else ''}"
+
+
+def _resume(
+    state: Path, made_by: list, fuser: PairFuser, optimizer: AcceleratedOptimizer, scheduler: AcceleratedScheduler
+) -> tuple[History, dict[str, Tensor]]:
+    """Put all back to where the kept state was; its history, and the best weights so far."""
+    modules, optimizer_state, facts = load_state(state)
+    if facts["made_by"] != json.loads(json.dumps(made_by)):
+        raise MmkitError(f"{state} is of another training. Remedy: name another file, or delete it to start again.")
+    fuser.load_state_dict(modules["fuser"])
+    optimizer.optimizer.load_state_dict(optimizer_state)
+    scheduler.scheduler.load_state_dict(facts["scheduler"])
+    return History(**facts["history"]), modules["best"]
 
 
 @torch.no_grad()
@@ -205,71 +295,3 @@ def validation_losses(fuser: PairFuser, features: PairedFeatures, batch_size: in
         rows = [torch.stack(losses(*(part.to(device) for part in batch))) for batch in loader]
     contrastive, matching = torch.stack(rows).mean(dim=0).tolist()
     return contrastive, matching
-
-
-# --- checkpoints -------------------------------------------------------------------------------
-
-
-def check_free_for_checkpoint(folder: Path) -> None:
-    """Refuse a place that holds anything but an earlier checkpoint; a long training asks before it starts."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "training.json").is_file()):
-        raise MmkitError(f"{folder} holds other files. Remedy: name a new folder for the checkpoint.")
-
-
-def save_checkpoint(
-    folder: str | Path,
-    fuser: PairFuser,
-    name: str,
-    profile: Profile,
-    thresholds: dict[str, float],
-    history: History,
-    weights: dict[str, str],
-) -> Path:
-    """Write `model.safetensors`, `config.json` and `training.json` into `folder`, whole or not at all.
-
-    `thresholds` are the match logits chosen on the validation split, per kind of negatives; `weights` the digests
-    of the encoders. An earlier checkpoint of that name is replaced; any other folder is left alone.
-    """
-    folder = Path(folder)
-    check_free_for_checkpoint(folder)
-    settings = {key: value for key, value in asdict(profile).items() if key not in ("cache", "coco_root")}
-    training = {
-        "fuser": name,
-        "profile": settings,
-        "thresholds": thresholds,
-        "weights": weights,
-        "history": asdict(history),
-    }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        fuser.save_pretrained(beside)
-        (beside / "training.json").write_text(json.dumps(training, indent=1))
-        beside.chmod(0o755)
-        if folder.exists():
-            old = beside.with_name(beside.name + ".old")
-            folder.replace(old)
-            beside.replace(folder)
-            shutil.rmtree(old)
-        else:
-            beside.replace(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return folder
-
-
-def load_checkpoint(folder: str | Path) -> tuple[PairFuser, dict]:
-    """The fuser that `save_checkpoint` wrote, in eval mode, and the content of its `training.json`."""
-    folder = Path(folder)
-    absent = [name for name in ("training.json", "config.json", "model.safetensors") if not (folder / name).is_file()]
-    if absent:
-        raise MissingFile(
-            f"{folder} is no checkpoint: it lacks {', '.join(absent)}. Remedy: python -m mmkit train --out {folder}"
-        )
-    try:
-        training = json.loads((folder / "training.json").read_text())
-        with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin prints to standard output
-            fuser = FUSERS[training["fuser"]].from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise MmkitError(f"The checkpoint {folder} is damaged ({error}). Remedy: train again.") from None
-    return fuser.eval(), training

@@ -18,10 +18,12 @@ from torch.utils.data import DataLoader
 
 import mmkit
 from mmkit.extraction import _CAPTION_BATCH, _IMAGE_BATCH, _autocast, _encode_captions, _encode_images, _Texts, _Work
+from mmkit.training import _PairLosses
 
 SCENES, CAPTIONS, PADDED = 150, 256, 16
 DECODED, DECODED_BATCH = 600, 25
 COMPILED_BATCH = 16
+FITTED, FITTED_BATCH, FITTED_EPOCHS = 4096, 512, 4
 RECORDS = 20_000  # images of a synthetic Karpathy file
 IMAGES, TEXTS, PAIRS, PAIR_BATCH = 1000, 5000, 50_000, 4096
 STORED, STORED_BATCH, STORED_READS = 50_000, 512, 40
@@ -373,6 +375,48 @@ def random_pool(dims: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return torch.randn(IMAGES, dims[0], generator=generator), torch.randn(TEXTS, dims[1], generator=generator)
 
 
+def fit_vs_bare_loop() -> Contest:
+    """The same batches, losses and steps; `fit` adds Accelerate, the schedule, the history and the best epoch."""
+    profile = mmkit.profile("mini")
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (torch.randn(FITTED, dim, generator=generator) for dim in (1280, 384))
+    train = mmkit.PairedFeatures.from_arrays(images, texts, range(FITTED))
+    validation = mmkit.PairedFeatures.from_arrays(images[:FITTED_BATCH], texts[:FITTED_BATCH], range(FITTED_BATCH))
+
+    def ours() -> object:
+        fuser = mmkit.build_fuser("mlp", profile, 1280, 384)
+        return mmkit.fit(fuser, train, validation, epochs=FITTED_EPOCHS, batch_size=FITTED_BATCH)
+
+    def baseline() -> object:
+        fuser = mmkit.build_fuser("mlp", profile, 1280, 384)
+        fuser.standardize_images.fit(images)
+        fuser.standardize_texts.fit(texts)
+        losses = _PairLosses(fuser)
+        optimizer = torch.optim.AdamW(fuser.parameters(), lr=1e-4)
+        for _ in range(FITTED_EPOCHS):
+            fuser.train()
+            for rows in torch.randperm(FITTED).split(FITTED_BATCH):
+                contrastive, matching = losses(images[rows], texts[rows], rows)
+                optimizer.zero_grad()
+                (contrastive + matching).backward()
+                torch.nn.utils.clip_grad_norm_(fuser.parameters(), 1.0)
+                optimizer.step()
+            fuser.eval()
+            with torch.no_grad():
+                losses(images[:FITTED_BATCH], texts[:FITTED_BATCH], torch.arange(FITTED_BATCH))
+        return fuser
+
+    ours(), baseline()
+    return Contest(
+        "fit_vs_bare_loop",
+        "s",
+        f"{FITTED_EPOCHS} epochs of MultimodalFeatureFuser(1280, 384, {profile.fusion_dim}) on {FITTED:,} pairs in "
+        f"batches of {FITTED_BATCH}, with a look at a validation batch after each: fit, against a bare PyTorch loop",
+        ours,
+        baseline,
+    )
+
+
 def score_vs_pairwise() -> Contest:
     profile = mmkit.profile("mini")
     fuser = mmkit.build_fuser("mlp", profile, 1280, 384).eval()
@@ -448,6 +492,7 @@ def contests(folder: Path, part: str) -> Iterator[Contest]:
         "image_compiled_vs_eager": lambda: image_compiled_vs_eager(dataset, encoders),
         "store_vs_memory": lambda: store_vs_memory(folder / "store"),
         "memory_10x": lambda: memory_10x(folder / "scenes", folder / "cache"),
+        "fit_vs_bare_loop": fit_vs_bare_loop,
         "score_vs_pairwise": score_vs_pairwise,
         "ranks_vs_sort": ranks_vs_sort,
     }

@@ -1,12 +1,14 @@
 """Figures of the reports against brute force, hand counts and scikit-learn."""
 
 import itertools
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmkit
 from mmkit import (
@@ -24,7 +26,9 @@ from mmkit import (
     report_json,
     retrieval_report,
 )
+from mmkit.evaluation import ranked
 from mmkit.fusers import PairFuser
+from mmkit.metrics import bootstrap, mean_and_deviation, retrieval_intervals
 
 IMAGE_DIM, TEXT_DIM = 6, 5
 
@@ -180,10 +184,10 @@ def test_the_threshold_comes_from_the_validation_split_alone():
 
 def test_a_threshold_between_two_neighbouring_floats_still_parts_them(monkeypatch):
     low = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
-    logits = torch.stack([low, torch.nextafter(low, torch.tensor(2.0))])
-    labels = torch.tensor([0, 1])
+    high = torch.nextafter(low, torch.tensor(2.0))
+    logits, labels = torch.stack([high, high, low, low]), torch.tensor([1, 1, 0, 0])
     monkeypatch.setattr(mmkit.evaluation, "matching_logits", lambda *_: (logits, labels))
-    report = matching_report(random_fuser(), random_features(), {"random": best_threshold(logits, labels)})
+    report = matching_report(random_fuser(), random_features(2, 2), {"random": best_threshold(logits, labels)})
     assert report["random"].accuracy == 1
 
 
@@ -298,6 +302,95 @@ def test_the_retrieval_report_counts_the_ranks_of_the_scores(kind):
     assert 0 < sum(recalls) < 6 and found.rsum == pytest.approx(100 * sum(recalls))
 
 
+@BOTH
+@pytest.mark.parametrize("block", [1, 7, 24, 25, None])
+def test_ranks_of_a_fuser_in_blocks_are_those_of_all_its_scores(kind, block):
+    fuser, features = random_fuser(kind), random_features(25, 60)
+    scores = fuser.score(features.images(), features.captions())
+    found = ranked(fuser.train(), features, block)
+    assert all(torch.equal(part, other) for part, other in zip(found, ranks(scores, features.owner), strict=True))
+    assert [part.shape for part in found] == [(25,), (60,)]
+
+
+def test_ties_go_against_the_fuser_whatever_the_block():
+    features = random_features(40, 80)
+    whole = ranked(constant_fuser(), features)
+    assert torch.equal(whole[0], 81 - features.owner.bincount()) and whole[1].tolist() == [40] * 80
+    for part, other in zip(ranked(constant_fuser(), features, block=9), whole, strict=True):
+        assert torch.equal(part, other)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that an operation gives."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        given = operation(*arguments, **(keywords or {}))
+        for part in given if isinstance(given, (tuple, list)) else [given]:
+            if isinstance(part, Tensor):
+                self.numel = max(self.numel, part.numel())
+        return given
+
+
+def test_a_large_pool_is_ranked_without_all_its_scores(monkeypatch):
+    monkeypatch.setattr(mmkit.fusers, "_BLOCK", 2**14)
+    monkeypatch.setattr(mmkit.metrics, "_BLOCK", 2**14)
+    fuser, features = random_fuser(), random_features(300, 1500)
+    with _Largest() as seen:
+        found = ranked(fuser, features)
+    assert seen.numel <= 2**14 < 300 * 1500 / 20
+    scores = fuser.score(features.images(), features.captions())
+    for part, other in zip(found, ranks(scores, features.owner), strict=True):
+        assert torch.equal(part, other)
+    with _Largest() as seen, torch.no_grad():
+        fuser.score(features.images(), features.captions())
+    assert seen.numel == 300 * 1500
+
+
+def test_the_reports_carry_intervals_over_images():
+    fuser, features = random_fuser(), random_features(25, 60)
+    torch.nn.init.normal_(fuser.concatenation[0].weight)
+    thresholds = {"random": 0.3, "hard": -0.2}
+    for kind, row in matching_report(fuser, features, thresholds, seed=2).items():
+        logits, labels = matching_logits(fuser, features, kind, seed=2)
+        correct = ((logits > thresholds[kind]) == labels.bool()).view(2, 60).sum(dim=0)
+        sums = [correct[features.owner == image].sum() for image in range(25)]
+        counts = 2 * features.owner.bincount()
+        assert row.intervals == {"accuracy": bootstrap(torch.tensor(sums), counts, seed=2)}
+        assert row.intervals["accuracy"].low < row.accuracy < row.intervals["accuracy"].high
+    found = retrieval_report(fuser, features)
+    assert found.intervals == retrieval_intervals(*ranked(fuser, features), features.owner)
+    assert found.intervals["rsum"].low < found.rsum < found.intervals["rsum"].high
+    low, high = found.intervals["text_to_image.r10"]
+    assert low < found.text_to_image.r10 < high
+    alone = PairedFeatures.from_arrays(random(1, IMAGE_DIM), random(3, TEXT_DIM), [0, 0, 0])
+    assert retrieval_report(fuser, alone).intervals == {}
+
+
+def test_average_precision_calls_tied_pairs_together(monkeypatch):
+    logits, labels = torch.tensor([3.0, 2.0, 2.0, 1.0, 2.0, 1.0]), torch.tensor([1, 1, 1, 0, 0, 0])
+    monkeypatch.setattr(mmkit.evaluation, "matching_logits", lambda *_: (logits, labels))
+    row = matching_report(random_fuser(), random_features(3, 3), {"random": 2.0})["random"]
+    assert row.average_precision == pytest.approx(1 / 3 * 1 + 2 / 3 * 3 / 4)
+    assert row.roc_auc == pytest.approx((3 + 2 * 2.5) / 9)
+    assert row.accuracy == pytest.approx(4 / 6) and row.f1 == pytest.approx(1 / 2)  # on the threshold: unmatched
+
+
+def test_reports_of_several_seeds_have_a_mean_and_a_deviation():
+    features = random_features()
+    reports = [
+        report_json(features, matching_report(fuser, features, {"random": 0.0}), retrieval_report(fuser, features))
+        for fuser in (random_fuser(), constant_fuser())
+    ]
+    found = mean_and_deviation(reports)
+    accuracies = [report["matching"]["random"]["accuracy"] for report in reports]
+    assert found["matching"]["random"]["accuracy"] == pytest.approx(
+        (sum(accuracies) / 2, abs(accuracies[0] - accuracies[1]) / 2**0.5)
+    )
+    assert found["sizes"]["images"] == (12, 0)
+
+
 def test_the_json_report_holds_sizes_and_fractions_of_both_tasks():
     fuser, features = random_fuser(), random_features()
     matching, retrieval = (
@@ -311,6 +404,12 @@ def test_the_json_report_holds_sizes_and_fractions_of_both_tasks():
     assert report["matching"]["random"].keys() >= {"accuracy", "f1", "roc_auc"}
     assert report["retrieval"]["image_to_text"]["r5"] == retrieval.image_to_text.r5
     assert report["retrieval"]["text_to_image"].keys() >= {"r1", "r5", "r10"}
+    assert report["rsum"] == retrieval.rsum
+    assert report["constants"]["always"] == pytest.approx({"accuracy": 0.5, "f1": 2 / 3, "average_precision": 0.5})
+    low, high = matching["hard"].intervals["accuracy"]
+    assert report["intervals"]["hard"] == {"accuracy": {"low": low, "high": high}}
+    assert report["intervals"]["retrieval"].keys() == retrieval.intervals.keys()
+    assert json.loads(json.dumps(report)) == report
 
 
 # --- checks of honesty ---------------------------------------------------------------------------

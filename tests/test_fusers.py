@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import mmkit
-from mmkit import MmkitError, MultimodalFeatureFuser, MultimodalGNN, permutation_gap
-from mmkit.fusers import PairFuser, Standardize, unit_scale
+from mmkit import FUSERS, MmkitError, MultimodalFeatureFuser, MultimodalGNN, PairedFeatures, permutation_gap
+from mmkit.baselines import RegularizedCCA, TwoTower
+from mmkit.fusers import GatedFuser, PairFuser, Standardize, unit_scale
 
 IMAGE_DIM, TEXT_DIM = 12, 8
 
@@ -17,11 +18,12 @@ def features(images: int, texts: int, seed: int = 0) -> tuple[torch.Tensor, torc
 
 
 def randomised(fuser: PairFuser, seed: int = 1) -> PairFuser:
-    """The fuser in eval mode, with its match head off its start, where the concatenation path has no weight."""
+    """The fuser in eval mode, with its head off its start, where concatenation path and gate have no weight."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in (fuser.match_head.weight, fuser.match_head.bias):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        for name, parameter in fuser.named_parameters():
+            if name.startswith(("match_head", "gate", "log_scale", "threshold")):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return fuser.eval()
 
 
@@ -35,7 +37,36 @@ def small_gnn(**changes: object) -> MultimodalGNN:
     return randomised(MultimodalGNN(IMAGE_DIM, TEXT_DIM, 16, heads=4, neighbours=3, **changes))
 
 
-BOTH = pytest.mark.parametrize("make", [small_mlp, small_gnn], ids=["mlp", "gnn"])
+def small_gated(**changes: object) -> GatedFuser:
+    torch.manual_seed(0)
+    return randomised(GatedFuser(IMAGE_DIM, TEXT_DIM, 16, **changes))
+
+
+def small_two_tower(**changes: object) -> TwoTower:
+    torch.manual_seed(0)
+    return randomised(TwoTower(IMAGE_DIM, TEXT_DIM, 16, **changes))
+
+
+def small_cca() -> RegularizedCCA:
+    fuser = RegularizedCCA(IMAGE_DIM, TEXT_DIM, 6)
+    images, texts = features(50, 50, seed=9)
+    fuser.solve(PairedFeatures.from_arrays(images, texts + images[:, :TEXT_DIM], range(50)))
+    return fuser.eval()
+
+
+MAKERS = {"mlp": small_mlp, "gnn": small_gnn, "gated": small_gated, "two-tower": small_two_tower, "cca": small_cca}
+TWO_PATHS = ["mlp", "gnn", "gated"]
+
+
+def over(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("make", [MAKERS[name] for name in names], ids=names)
+
+
+EVERY = over(*MAKERS)
+
+
+def test_every_fuser_that_has_a_name_is_tested_here():
+    assert {name: type(make()) for name, make in MAKERS.items()} == FUSERS
 
 
 # --- sizes ---------------------------------------------------------------------------------------
@@ -52,7 +83,7 @@ def test_default_sizes_are_those_of_the_article():
     assert fuser.score(torch.randn(2, 2048), torch.randn(5, 768)).shape == (2, 5)
 
 
-@BOTH
+@EVERY
 def test_sizes_that_differ_are_refused_with_both_named(make):
     images, texts = features(4, 4)
     for call in (make().score, make()):
@@ -108,8 +139,8 @@ def test_unit_scale_makes_the_sum_of_a_product_width_times_cosine():
 # --- score ---------------------------------------------------------------------------------------
 
 
-@BOTH
-@pytest.mark.parametrize("block", [None, 1, 250], ids=["one block", "a row a block", "two rows a block"])
+@EVERY
+@pytest.mark.parametrize("block", [None, 1, 500], ids=["one block", "a row a block", "some rows a block"])
 def test_score_equals_match_pair_by_pair(make, block, monkeypatch):
     if block is not None:
         monkeypatch.setattr(mmkit.fusers, "_BLOCK", block)
@@ -122,14 +153,15 @@ def test_score_equals_match_pair_by_pair(make, block, monkeypatch):
     assert (fuser.score(images, texts) - expected).abs().max() < 1e-4
 
 
-def test_match_is_the_match_head_of_forward():
-    fuser = small_mlp()
+@over(*TWO_PATHS)
+def test_match_is_the_match_head_of_forward(make):
+    fuser = make()
     images, texts = features(6, 6)
     expected = fuser(images, texts) @ fuser.match_head.weight[0] + fuser.match_head.bias
     torch.testing.assert_close(fuser.score(images, texts).diagonal(), expected, rtol=1e-4, atol=1e-4)
 
 
-@BOTH
+@EVERY
 def test_permuting_texts_permutes_columns_and_images_rows_and_nothing_else(make):
     fuser = make()
     images, texts = features(12, 10)
@@ -140,8 +172,9 @@ def test_permuting_texts_permutes_columns_and_images_rows_and_nothing_else(make)
     assert permutation_gap(fuser, images, texts) < 1e-4
 
 
-def test_a_score_of_the_mlp_does_not_depend_on_the_pool():
-    fuser = small_mlp()
+@over("mlp", "gated", "two-tower", "cca")
+def test_a_score_does_not_depend_on_the_pool(make):
+    fuser = make()
     images, texts = features(20, 20)
     others = features(20, 20, seed=1)
     scores = fuser.score(images, texts)
@@ -149,6 +182,37 @@ def test_a_score_of_the_mlp_does_not_depend_on_the_pool():
     pool = fuser.score(torch.cat([images[3:5], others[0]]), torch.cat([texts[7:8], others[1]]))
     torch.testing.assert_close(pool[:2, :1], scores[3:5, 7:8])
     assert not fuser.transductive
+
+
+# --- the gate ------------------------------------------------------------------------------------
+
+
+def test_an_untrained_gate_is_half_open_and_leaves_cosine_over_temperature():
+    torch.manual_seed(0)
+    fuser, images, texts = GatedFuser(IMAGE_DIM, TEXT_DIM, 16).eval(), *features(6, 6)
+    assert (fuser.gates(images, texts) == 0.5).all()
+    expected = F.cosine_similarity(*fuser.nodes(images, texts)) / 0.07 + fuser.match_head.bias
+    torch.testing.assert_close(fuser.score(images, texts).diagonal(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gates_are_the_sigmoid_of_a_layer_over_both_nodes_and_weigh_the_two_paths():
+    fuser, images, texts = small_gated(), *features(6, 6)
+    a, b = fuser.nodes(images, texts)
+    logits = torch.cat([a, b], dim=1) @ fuser.gate.weight.T + fuser.gate.bias
+    gates = fuser.gates(images, texts)
+    torch.testing.assert_close(gates, 1 / (1 + (-logits).exp()))
+    joined = fuser.concatenation(torch.cat([a, b], dim=1))
+    torch.testing.assert_close(fuser(images, texts), torch.cat([gates * a * b, (1 - gates) * joined], dim=1))
+
+
+def test_a_gate_depends_on_both_members_of_its_pair():
+    fuser, images, texts = small_gated(), *features(6, 6)
+    with torch.no_grad():
+        fuser.gate.weight.mul_(0.2)  # of the size that training leaves, not one that saturates the sigmoid
+    gates = fuser.gates(images, texts)
+    assert gates.shape == (6, 16) and gates.min() > 0 and gates.max() < 1
+    for changed in (fuser.gates(images.roll(1, 0), texts), fuser.gates(images, texts.roll(1, 0))):
+        assert ((changed - gates).abs().amax(dim=1) > 0.05).all()
 
 
 # --- standardisation and dropout -----------------------------------------------------------------
@@ -173,7 +237,7 @@ def test_standardize_survives_constant_features():
     torch.testing.assert_close(standardize(values[:1]), torch.zeros(1, 3))
 
 
-@BOTH
+@EVERY
 def test_features_are_standardised_before_they_are_projected(make):
     fuser, plain = make(), make()
     images, texts = features(6, 6)
@@ -185,9 +249,9 @@ def test_features_are_standardised_before_they_are_projected(make):
     torch.testing.assert_close(fuser.score(3 * images + 1, texts / 7 - 2), expected, rtol=1e-3, atol=1e-3)
 
 
-@BOTH
+@over(*TWO_PATHS, "two-tower")
 def test_features_are_dropped_in_training_only(make):
-    fuser = make(dropout=0.0, feature_dropout=0.5)
+    fuser = make(feature_dropout=0.5, **({} if make is small_two_tower else {"dropout": 0.0}))
     images, texts = features(40, 40)
     kept_images, kept_texts = fuser.prepare(images, texts)
     assert torch.equal(kept_images, images) and torch.equal(kept_texts, texts)
@@ -203,9 +267,9 @@ def test_features_are_dropped_in_training_only(make):
 # --- saving --------------------------------------------------------------------------------------
 
 
-@BOTH
+@EVERY
 def test_a_saved_fuser_scores_the_same_when_it_is_loaded(make, tmp_path):
-    fuser = make(dropout=0.1, feature_dropout=0.2)
+    fuser = make()
     images, texts = features(6, 9)
     fuser.standardize_images.fit(2 * images + 1)
     fuser.standardize_texts.fit(texts - 3)
@@ -214,7 +278,14 @@ def test_a_saved_fuser_scores_the_same_when_it_is_loaded(make, tmp_path):
     torch.manual_seed(99)
     loaded = type(fuser).from_pretrained(str(tmp_path)).eval()
     assert torch.equal(loaded.score(images, texts), fuser.score(images, texts))
-    assert (loaded.width, loaded.feature_dropout.p, loaded.concatenation[2].p) == (16, 0.2, 0.1)
+    assert (loaded.width, loaded.fused_dim) == (fuser.width, fuser.fused_dim)
+
+
+@over(*TWO_PATHS)
+def test_a_loaded_fuser_keeps_its_dropout(make, tmp_path):
+    make(dropout=0.1, feature_dropout=0.2).save_pretrained(tmp_path)
+    loaded = type(make()).from_pretrained(str(tmp_path))
+    assert (loaded.feature_dropout.p, loaded.concatenation[2].p) == (0.2, 0.1)
 
 
 def test_a_loaded_fuser_keeps_the_choice_not_to_normalise(tmp_path):

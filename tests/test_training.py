@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from mmkit import (
     permutation_gap,
     retrieval_report,
     save_checkpoint,
+    states,
+    training,
 )
 from mmkit.fusers import PairFuser, unit_scale
 from mmkit.training import PairBatches, _PairLosses, _warmup_cosine, _weight_groups, fit_profile, validation_losses
@@ -182,10 +185,11 @@ def test_build_fuser_draws_the_weights_from_the_profiles_seed():
         profile = mmkit.profile("mini", fusion_dim=32, hidden_dim=32, heads=4)
         first, second, other = (mmkit.build_fuser(name, mmkit.profile("mini", seed=s), 24, 16) for s in (1, 1, 2))
         assert equal(first.state_dict(), second.state_dict())
-        assert not equal(first.state_dict(), other.state_dict())
         small = mmkit.build_fuser(name, profile, 24, 16)
         assert type(small) is kind and (small.image_dim, small.text_dim, small.width) == (24, 16, 32)
-        assert small.feature_dropout.p == profile.feature_dropout
+        if name != "cca":  # which is solved: it draws no weights and drops no features
+            assert not equal(first.state_dict(), other.state_dict())
+            assert small.feature_dropout.p == profile.feature_dropout
 
 
 def test_an_unknown_fuser_lists_the_valid_names():
@@ -197,9 +201,9 @@ def test_fit_profile_passes_every_setting_of_the_profile(monkeypatch):
     given = {}
     monkeypatch.setattr(mmkit.training, "fit", lambda *_, **settings: given.update(settings))
     chosen = {"epochs": 3, "batch_size": 7, "learning_rate": 0.5, "weight_decay": 0.25, "seed": 9}
-    chosen |= {"contrastive_weight": 2.0, "matching_weight": 3.0}
-    fit_profile(small_mlp(), learnable(10, 0), learnable(5, 1), mmkit.profile("mini", **chosen))
-    assert given == chosen
+    chosen |= {"contrastive_weight": 2.0, "matching_weight": 3.0, "patience": 4}
+    fit_profile(small_mlp(), learnable(10, 0), learnable(5, 1), mmkit.profile("mini", **chosen), Path("kept.state"))
+    assert given == chosen | {"state": Path("kept.state")}
 
 
 # --- what stops a run ----------------------------------------------------------------------------
@@ -428,3 +432,107 @@ def test_a_damaged_checkpoint_is_named(tmp_path, file, content):
     (folder / file).write_text(content)
     with pytest.raises(MmkitError, match="run is damaged"):
         mmkit.load_checkpoint(folder)
+
+
+# --- broken off and resumed ----------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(monkeypatch, epochs: int) -> None:
+    """The training dies as its next epoch begins."""
+    begun = itertools.count()
+    validate = training.validation_losses
+
+    def die(*arguments):
+        if next(begun) == epochs:
+            raise Killed
+        return validate(*arguments)
+
+    monkeypatch.setattr(training, "validation_losses", die)
+
+
+@BOTH
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_resumed_training_ends_in_the_same_bits(make, epochs, tmp_path, monkeypatch):
+    train, validation = learnable(60, 0), learnable(20, 1)
+    undisturbed = make()
+    expected = fit(undisturbed, train, validation, epochs=5, **QUICK)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, epochs)
+        fit(make(), train, validation, epochs=5, state=tmp_path / "run.state", **QUICK)
+    torch.rand(7)  # whatever the process did before
+    fuser = make()
+    history = fit(fuser, train, validation, epochs=5, state=tmp_path / "run.state", **QUICK)
+    assert history == expected and equal(weights(fuser), weights(undisturbed))
+    again = make()
+    assert fit(again, train, validation, epochs=5, state=tmp_path / "run.state", **QUICK) == expected
+    assert equal(weights(again), weights(undisturbed))
+
+
+def test_a_state_of_another_training_is_refused(tmp_path):
+    train, validation, state = learnable(40, 0), learnable(20, 1), tmp_path / "run.state"
+    fit(small_mlp(), train, validation, epochs=1, state=state, **QUICK)
+    for changed in ({"epochs": 2}, {"epochs": 1, "seed": 1}, {"epochs": 1, "clip": 2.0}):
+        with pytest.raises(MmkitError, match=r"run\.state is of another training"):
+            fit(small_mlp(), train, validation, state=state, **changed, **QUICK)
+    with pytest.raises(MmkitError, match="another training"):
+        fit(small_gnn(), train, validation, epochs=1, state=state, **QUICK)
+
+
+@pytest.mark.parametrize("kept", [0, 50, 0.7])
+def test_a_damaged_state_is_named_and_left_alone(tmp_path, kept):
+    train, validation, state = learnable(40, 0), learnable(20, 1), tmp_path / "run.state"
+    fit(small_mlp(), train, validation, epochs=1, state=state, **QUICK)
+    content = state.read_bytes()
+    damaged = content[: kept if isinstance(kept, int) else int(kept * len(content))]
+    state.write_bytes(damaged)
+    with pytest.raises(MmkitError, match=r"run\.state holds no state of a training.*delete it"):
+        fit(small_mlp(), train, validation, epochs=1, state=state, **QUICK)
+    assert state.read_bytes() == damaged
+
+
+def test_a_disk_that_is_full_loses_no_earlier_state(tmp_path, monkeypatch):
+    train, validation, state = learnable(40, 0), learnable(20, 1), tmp_path / "run.state"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_after(patch, 1)
+        fit(small_mlp(), train, validation, epochs=3, state=state, **QUICK)
+    kept = state.read_bytes()
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(MmkitError, match=r"No space left on device.*the last one is kept"),
+    ):
+        patch.setattr(states, "save_file", full)
+        fit(small_mlp(), train, validation, epochs=3, state=state, **QUICK)
+    assert state.read_bytes() == kept and [path.name for path in tmp_path.iterdir()] == ["run.state"]
+
+
+def test_patience_ends_a_training_that_no_longer_gains():
+    train, validation = learnable(12, 0, noise=3.0), learnable(40, 1)
+    settings = {"epochs": 30, "batch_size": 8, "learning_rate": 0.02, "weight_decay": 0.0, "seed": 2}
+    history = fit(small_mlp(dropout=0.0), train, validation, patience=3, **settings)
+    assert len(history.rows) == history.best_epoch + 4 < 30
+    whole = fit(small_mlp(dropout=0.0), train, validation, **settings)
+    assert whole.rows[: len(history.rows)] == history.rows
+
+
+def test_an_image_with_a_broken_feature_is_named():
+    train = learnable(40, 0)
+    images = train.sources["images"].copy()
+    images[17, 5] = np.inf
+    broken = PairedFeatures.from_arrays(images, train.sources["captions"], train.owner)
+    with pytest.raises(MmkitError, match=r"epoch 0, step 0, images with features that are not finite: 17\."):
+        fit(small_mlp(), broken, learnable(20, 1), epochs=1, batch_size=80)
+
+
+def test_a_closed_form_is_refused_by_the_loop():
+    fuser = mmkit.RegularizedCCA(IMAGE_DIM, TEXT_DIM, 8)
+    with pytest.raises(MmkitError, match="solved, not stepped"):
+        fit(fuser, learnable(40, 0), learnable(20, 1), epochs=1, **QUICK)

@@ -1,0 +1,81 @@
+"""A trained fuser on disk, with all that is needed to judge it again."""
+
+import contextlib
+import io
+import json
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import MissingFile, MmkitError
+from .fusers import PairFuser
+from .profiles import Profile
+from .training import FUSERS, History
+
+
+def check_free_for_checkpoint(folder: Path) -> None:
+    """Refuse a place that holds anything but an earlier checkpoint; a long training asks before it starts."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "training.json").is_file()):
+        raise MmkitError(f"{folder} holds other files. Remedy: name a new folder for the checkpoint.")
+
+
+def save_checkpoint(
+    folder: str | Path,
+    fuser: PairFuser,
+    name: str,
+    profile: Profile,
+    thresholds: dict[str, float],
+    history: History,
+    weights: dict[str, str],
+) -> Path:
+    """Write `model.safetensors`, `config.json` and `training.json` into `folder`, whole or not at all.
+
+    `thresholds` are the match logits chosen on the validation split, per kind of negatives; `weights` the digests
+    of the encoders. An earlier checkpoint of that name is replaced; any other folder is left alone.
+    """
+    folder = Path(folder)
+    check_free_for_checkpoint(folder)
+    settings = {key: value for key, value in asdict(profile).items() if key not in ("cache", "coco_root")}
+    training = {
+        "fuser": name,
+        "profile": settings,
+        "thresholds": thresholds,
+        "weights": weights,
+        "history": asdict(history),
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        fuser.save_pretrained(beside)
+        (beside / "training.json").write_text(json.dumps(training, indent=1))
+        beside.chmod(0o755)
+        if folder.exists():
+            old = beside.with_name(beside.name + ".old")
+            folder.replace(old)
+            beside.replace(folder)
+            shutil.rmtree(old)
+        else:
+            beside.replace(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def load_checkpoint(folder: str | Path) -> tuple[PairFuser, dict]:
+    """The fuser that `save_checkpoint` wrote, in eval mode, and the content of its `training.json`."""
+    folder = Path(folder)
+    absent = [name for name in ("training.json", "config.json", "model.safetensors") if not (folder / name).is_file()]
+    if absent:
+        raise MissingFile(
+            f"{folder} is no checkpoint: it lacks {', '.join(absent)}. Remedy: python -m mmkit train --out {folder}"
+        )
+    try:
+        training = json.loads((folder / "training.json").read_text())
+        with contextlib.redirect_stdout(io.StringIO()):  # the hub's mixin prints to standard output
+            fuser = FUSERS[training["fuser"]].from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise MmkitError(f"The checkpoint {folder} is damaged ({error}). Remedy: train again.") from None
+    return fuser.eval(), training
