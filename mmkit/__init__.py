@@ -24,6 +24,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "retrieval_report",
     ),
     "extraction": ("extract_features",),
+    "facts": ("FACTS",),
     "features": ("FeatureStore", "PairedFeatures"),
     "fusers": ("GatedFuser", "MultimodalFeatureFuser", "PairFuser"),
     "graphs": ("MultimodalGNN", "cosine_knn_edges"),
