@@ -396,7 +396,7 @@ def fit_vs_bare_loop() -> Contest:
         for _ in range(FITTED_EPOCHS):
             fuser.train()
             for rows in torch.randperm(FITTED).split(FITTED_BATCH):
-                contrastive, matching = losses(images[rows], texts[rows], rows)
+                contrastive, matching = losses(images[rows], texts[rows], torch.arange(len(rows)))
                 optimizer.zero_grad()
                 (contrastive + matching).backward()
                 torch.nn.utils.clip_grad_norm_(fuser.parameters(), 1.0)
