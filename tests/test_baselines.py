@@ -1,10 +1,12 @@
 """The baselines against generalised eigenproblems, scikit-learn and finite differences; learning by every fuser."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import scipy.linalg
+import test_training
 import torch
 from sklearn.cross_decomposition import CCA
 from torch import Tensor
@@ -20,25 +22,7 @@ SMALL = mmkit.profile(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors as small as these gain nothing from threads, and lose much on a busy processor."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def learnable(images: int, seed: int, noise: float = 0.5) -> PairedFeatures:
-    """Images and captions that are two linear views of the same six hidden numbers, with some noise."""
-    views = torch.Generator().manual_seed(123)
-    to_image, to_text = (torch.randn(6, dim, generator=views) for dim in (IMAGE_DIM, TEXT_DIM))
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(images, 6, generator=generator)
-    owner = torch.arange(images).repeat_interleave(CAPTIONS)
-    pictures = hidden @ to_image + noise * torch.randn(images, IMAGE_DIM, generator=generator)
-    captions = hidden[owner] @ to_text + noise * torch.randn(len(owner), TEXT_DIM, generator=generator)
-    return PairedFeatures.from_arrays(5 * pictures + 40, captions, owner)
+learnable = partial(test_training.learnable, noise=0.5, dims=(IMAGE_DIM, TEXT_DIM), captions=CAPTIONS)
 
 
 def shuffled(features: PairedFeatures, seed: int = 0) -> PairedFeatures:
@@ -64,7 +48,7 @@ def pairs(features: PairedFeatures) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("name", FUSERS)
 def test_every_fuser_learns_a_small_task(name):
-    train, validation, held_out = learnable(200, 0, 0.2), learnable(60, 1, 0.2), learnable(100, 2, 0.2)
+    train, validation, held_out = (learnable(count, seed, noise=0.2) for seed, count in enumerate((200, 60, 100)))
     fuser = build_fuser(name, SMALL, *train.dims)
     history = fit_profile(fuser, train, validation, SMALL)
     found = retrieval_report(fuser, held_out)

@@ -42,16 +42,18 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def learnable(images: int, seed: int, noise: float = 0.2) -> PairedFeatures:
+def learnable(
+    images: int, seed: int, noise: float = 0.2, dims: tuple[int, int] = (IMAGE_DIM, TEXT_DIM), captions: int = CAPTIONS
+) -> PairedFeatures:
     """Images and captions that are two linear views of the same six hidden numbers, with some noise."""
     views = torch.Generator().manual_seed(123)
-    to_image, to_text = (torch.randn(6, dim, generator=views) for dim in (IMAGE_DIM, TEXT_DIM))
+    to_image, to_text = (torch.randn(6, dim, generator=views) for dim in dims)
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(images, 6, generator=generator)
-    owner = torch.arange(images).repeat_interleave(CAPTIONS)
-    pictures = hidden @ to_image + noise * torch.randn(images, IMAGE_DIM, generator=generator)
-    captions = hidden[owner] @ to_text + noise * torch.randn(len(owner), TEXT_DIM, generator=generator)
-    return PairedFeatures.from_arrays(5 * pictures + 40, captions, owner)
+    owner = torch.arange(images).repeat_interleave(captions)
+    pictures = hidden @ to_image + noise * torch.randn(images, dims[0], generator=generator)
+    texts = hidden[owner] @ to_text + noise * torch.randn(len(owner), dims[1], generator=generator)
+    return PairedFeatures.from_arrays(5 * pictures + 40, texts, owner)
 
 
 def with_nan(features: PairedFeatures) -> PairedFeatures:
