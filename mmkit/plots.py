@@ -45,16 +45,25 @@ def figure(
         return fig, np.atleast_1d(fig.subplots(rows, columns, **keywords)).ravel()
 
 
+def _png(fig: Figure) -> bytes:
+    """The figure as a PNG of 256 colours, a third of the bytes; maximum coverage keeps the rare ones."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        fig.savefig(drawn, format="png", dpi=100, facecolor="white")
+    colours = (
+        Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+    )
+    colours.save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
 def show(fig: Figure, alt: str, live: Mapping[str, object] | None = None) -> None:
     """Display a figure, and under it, folded, the same in words.
 
     The words are the picture's alternative text too; but JupyterLab does not hand that to a screen reader.
     `live` is a widget's output by media type: a page that can run it shows it in place of the figure and the words.
     """
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
-        fig.savefig(buffer, format="png", dpi=100, facecolor="white")
-    picture = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": "Figure"}
+    picture = {"image/png": base64.b64encode(_png(fig)).decode(), "text/plain": "Figure"}
     display({**(live or {}), **picture}, metadata={"image/png": {"alt": alt}}, raw=True)
     if live:
         return

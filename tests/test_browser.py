@@ -1,14 +1,19 @@
+import base64
+import io
 import json
 import re
 import sys
 from dataclasses import replace
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 from mmkit import browse
 from mmkit.browser import _LIVE, _widget, matching_images
 from mmkit.course import execute
+from mmkit.plots import pictures_figure, show
 
 
 @pytest.fixture
@@ -90,3 +95,17 @@ def test_a_saved_notebook_keeps_the_figure_and_drops_the_widget(tmp_path, scenes
     saved = json.loads((tmp_path / "b.ipynb").read_text())
     (output,) = saved["cells"][0]["outputs"]
     assert set(output["data"]) == {"image/png", "text/plain"} and "widgets" not in saved["metadata"]
+
+
+def test_a_figure_keeps_its_rare_colours_in_a_third_of_the_bytes(dataset, shown):
+    pictures = [dataset.image(index) for index in range(8)]
+    for offset, colour in enumerate([(150, 90, 200), (10, 200, 180), (250, 20, 120)]):
+        pictures[offset].paste(colour, (40, 40, 46, 46))
+    fig = pictures_figure(pictures, ["scene"] * 8)
+    whole = io.BytesIO()
+    fig.savefig(whole, format="png", dpi=100, facecolor="white")
+    show(fig, "Eight scenes with a small square each.")
+    small = base64.b64decode(shown[0][0]["image/png"])
+    found, exact = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), int) for png in (small, whole.getvalue()))
+    assert len(small) < len(whole.getvalue()) / 3
+    assert np.abs(found - exact).max() < 48
