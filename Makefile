@@ -1,9 +1,10 @@
 # make run    execute the notebooks in order        make lab    open them in JupyterLab
 # make test   unit tests, and every notebook as one  make bench  measure against plain baselines
+# make results  take the runs of several seeds behind the tables again, where something changed (an hour or two)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lab bench notebooks lint env clean
+.PHONY: run test lab bench results notebooks lint env clean
 
 run: env
 	@$(BIN)/python -m mmkit run
@@ -17,6 +18,9 @@ lab: env
 
 bench: env
 	$(BIN)/python tests/bench.py
+
+results: env # photos take part where MMKIT_COCO_ROOT names their folder
+	OMP_NUM_THREADS=1 $(BIN)/python -m mmkit results
 
 notebooks: env # execute the notebooks over themselves, to commit them
 	$(BIN)/python -m mmkit run --in-place

@@ -43,6 +43,10 @@ def _split(
     return store.select(rows)
 
 
+def _needs(fuser: mmkit.PairFuser | type[mmkit.PairFuser]) -> dict[str, bool]:
+    return {"grids": True, "tokens": True} if fuser.takes_parts else {}
+
+
 def _weights(encoders: mmkit.Encoders) -> dict[str, str]:
     return {encoder.name: encoder.digest() for encoder in (encoders.image, encoders.text)}
 
@@ -63,6 +67,8 @@ def _print_report(report: dict) -> None:
         recalls = "   ".join(f"R@{k} {row[f'r{k}']:.3f}{between('retrieval', f'{direction}.r{k}')}" for k in (1, 5, 10))
         print(f"{direction:<15} {recalls}   median rank {row['median_rank']:.0f}")
     print(f"rsum {report['rsum']:.1f}{between('retrieval', 'rsum')}")
+    for fact, row in report.get("diagnostic", {}).items():
+        print(f"one changed fact, {fact:<9} {row['accuracy']:.3f}{between('diagnostic', fact)}")
 
 
 def scenes(arguments: argparse.Namespace) -> int:
@@ -110,11 +116,14 @@ def train(arguments: argparse.Namespace) -> int:
     check_free_for_checkpoint(arguments.out)
     changes = {name: getattr(arguments, name) for name in ("epochs", "seed") if getattr(arguments, name) is not None}
     profile = replace(profile, **changes)
-    dataset, encoders, store = _load(profile)
+    dataset, encoders, store = _load(profile, **_needs(mmkit.FUSERS[arguments.fuser]))
     parts = {name: _split(profile, dataset, store, name) for name in ("train", "val")}
+    false = None
+    if arguments.false:
+        false = mmkit.false_captions(dataset, parts["train"], encoders, arguments.false, (1, 2), profile.precision)
     fuser = mmkit.build_fuser(arguments.fuser, profile, *parts["train"].dims)
     state = arguments.out.with_name(f"{arguments.out.name}.state")  # the same command goes on from here
-    history = mmkit.fit_profile(fuser, parts["train"], parts["val"], profile, state)
+    history = mmkit.fit_profile(fuser, parts["train"], parts["val"], profile, state, false)
     thresholds = mmkit.choose_thresholds(fuser, parts["val"], profile.seed)
     mmkit.save_checkpoint(arguments.out, fuser, arguments.fuser, profile, thresholds, history, _weights(encoders))
     state.unlink(missing_ok=True)
@@ -136,7 +145,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     root = {"coco_root": arguments.coco_root, "data": "folder"} if arguments.coco_root else {}
     root |= {"skip_missing": True} if arguments.skip_missing else {}
     profile = mmkit.profile(trained.pop("name"), **(trained | root))
-    dataset, encoders, store = _load(profile)
+    dataset, encoders, store = _load(profile, **_needs(fuser))
     if _weights(encoders) != training["weights"]:
         raise mmkit.MmkitError(
             f"{arguments.checkpoint} was trained on features of other encoder weights. Remedy: train again."
@@ -145,8 +154,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
     report = mmkit.report_json(
         features,
         mmkit.matching_report(fuser, features, training["thresholds"], profile.seed),
-        mmkit.retrieval_report(fuser, features),
+        mmkit.retrieval_report(fuser, features, arguments.shortlist),
     )
+    if dataset.scenes:
+        pairs = mmkit.diagnostic_pairs(dataset, features, encoders, precision=profile.precision)
+        facts = mmkit.diagnostic_report(fuser, features, pairs)
+        report["diagnostic"] = {fact: {"accuracy": row.accuracy, "pairs": row.pairs} for fact, row in facts.items()}
+        report["intervals"]["diagnostic"] = {fact: row.interval._asdict() for fact, row in facts.items()}
     if arguments.json:
         print(json.dumps(report))
     else:
@@ -159,6 +173,13 @@ def run(arguments: argparse.Namespace) -> int:
     dataset = mmkit.load_dataset(profile)
     print(f"profile {profile.name}: {len(dataset):,} images, {len(dataset.captions):,} captions", flush=True)
     run_course(arguments.notebooks, arguments.out, profile, arguments.only, arguments.in_place)
+    return 0
+
+
+def results(arguments: argparse.Namespace) -> int:
+    from mmkit.experiments import run_experiments
+
+    run_experiments(arguments.out, arguments.only, arguments.seeds)
     return 0
 
 
@@ -199,21 +220,35 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--grids", action="store_true", help="also the cells of each feature map (49 times the disk)")
     one.add_argument("--tokens", action="store_true", help="also the tokens of each caption (14 times the disk)")
     one = command("train", "train a fuser and write a checkpoint", "train --fuser mlp --out runs/mlp", [data, missing])
-    one.add_argument("--fuser", default="mlp", help="mlp, gnn, gated, two-tower or cca (default: mlp)")
+    one.add_argument(
+        "--fuser",
+        default="mlp",
+        help="mlp, gnn, hetero-gnn, gated, two-tower, cca, cross-attention or region-word (default: mlp)",
+    )
     one.add_argument("--out", type=Path, required=True, metavar="DIR")
     one.add_argument("--epochs", type=int)
     one.add_argument("--seed", type=int)
+    one.add_argument(
+        "--false", nargs="+", default=(), metavar="FACT", help="drawn scenes: learn from captions false in these facts"
+    )
     one = command(
         "evaluate", "matching and retrieval of a checkpoint", "evaluate runs/mlp --split all --json", [data, missing]
     )
     one.add_argument("checkpoint", type=Path)
     one.add_argument("--split", choices=[*SPLITS, "all"], default="test")
+    one.add_argument(
+        "--shortlist", type=int, default=0, metavar="N", help="rank only so many candidates (default: all)"
+    )
     one.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     one = command("run", "execute the notebooks in order", "run --only 03 04", [data, missing])
     one.add_argument("--only", nargs="+", default=(), metavar="NAME", help="notebooks whose name begins so")
     one.add_argument("--notebooks", type=Path, default=Path("notebooks"), metavar="DIR")
     one.add_argument("--out", type=Path, default=Path("build"), metavar="DIR")
     one.add_argument("--in-place", action="store_true", help="write the executed notebooks over the sources")
+    one = command("results", "take the runs behind the course's tables, and write them", "results --only losses")
+    one.add_argument("--only", nargs="+", default=(), metavar="NAME", help="experiments whose name begins so")
+    one.add_argument("--seeds", type=int, metavar="N", help="seeds of each variant (default: 5)")
+    one.add_argument("--out", type=Path, default=Path("notebooks/results"), metavar="DIR")
     return parser
 
 

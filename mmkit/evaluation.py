@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from torch import Tensor
 
 from .errors import MmkitError
-from .features import PairedFeatures
+from .features import PairedFeatures, cat_parts
 from .fusers import PairFuser
 from .metrics import (
     CUTS,
@@ -24,9 +24,11 @@ from .metrics import (
     retrieval_intervals,
     rows_at_a_time,
 )
+from .shortlist import pair_logits, shortlist_ranks
 
 NEGATIVES = ("random", "hard")
-_CHUNK = 4096
+_CHUNK = 4096  # items that are vectors
+_STACKS = 256  # items that are stacks of parts
 
 
 @dataclass(frozen=True)
@@ -97,21 +99,41 @@ def negative_pairs(features: PairedFeatures, kind: str, seed: int = 0) -> tuple[
     return owner, torch.cat(nearest)
 
 
+def pool_nodes(fuser: PairFuser, features: PairedFeatures, *false: PairedFeatures) -> tuple[Tensor, Tensor]:
+    """The nodes of a pool: its images and its captions, to which the captions of `false` are added at the end.
+
+    A transductive fuser sees the whole pool; any other takes it block by block, so that the features of all items are
+    never held at once. Call it under inference mode.
+    """
+    fuser.eval()
+    device = next(fuser.parameters()).device
+    views = [fuser.view(part) for part in (features, *false)]
+    if fuser.transductive:
+        return fuser.nodes(views[0].images().to(device), cat_parts([view.captions() for view in views]).to(device))
+    block = _STACKS if fuser.takes_parts else _CHUNK
+    one_image, one_text = (part.to(device) for part in (views[0].images([0]), views[0].captions([0])))
+    images = torch.arange(len(features.image_rows)).split(block)
+    image_nodes = [fuser.nodes(views[0].images(rows).to(device), one_text)[0] for rows in images]
+    text_nodes = [
+        fuser.nodes(one_image, view.captions(rows).to(device))[1]
+        for view in views
+        for rows in torch.arange(len(view.owner)).split(block)
+        if len(rows)
+    ]
+    return cat_parts(image_nodes), cat_parts(text_nodes)
+
+
 @torch.inference_mode()
 def matching_logits(fuser: PairFuser, features: PairedFeatures, kind: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Match logits `(2M,)` of all true pairs and as many unmatched ones, and their labels in {0, 1}."""
-    fuser.eval()
-    device = next(fuser.parameters()).device
-    image_nodes, text_nodes = fuser.nodes(features.images().to(device), features.captions().to(device))
+    image_nodes, text_nodes = pool_nodes(fuser, features)
+    device = text_nodes.device
     negative_images, negative_texts = negative_pairs(features, kind, seed)
     images = torch.cat([features.owner, negative_images]).to(device)
     texts = torch.cat([torch.arange(len(features.owner)), negative_texts]).to(device)
-    logits = [
-        fuser.match(image_nodes[i], text_nodes[t])
-        for i, t in zip(images.split(_CHUNK), texts.split(_CHUNK), strict=True)
-    ]
+    logits = pair_logits(fuser, image_nodes, text_nodes, images, texts)
     labels = torch.arange(len(images)) < len(features.owner)
-    return torch.cat(logits).cpu(), labels.long()
+    return logits.cpu(), labels.long()
 
 
 def choose_thresholds(fuser: PairFuser, validation: PairedFeatures, seed: int = 0) -> dict[str, float]:
@@ -163,23 +185,26 @@ def scorer(fuser: PairFuser, features: PairedFeatures) -> Callable[..., Tensor]:
     A transductive fuser's logits depend on the pool, so it scores the whole pool once, and all N·M logits are held;
     of any other the nodes are held, and logits are computed when they are asked for. Call it under inference mode.
     """
-    fuser.eval()
-    device = next(fuser.parameters()).device
-    images, texts = features.images().to(device), features.captions().to(device)
+    image_nodes, text_nodes = pool_nodes(fuser, features)
     if fuser.transductive:
-        scores = fuser.score(images, texts)
+        scores = fuser.score_nodes(image_nodes, text_nodes)
         return lambda rows, columns=slice(None): scores[rows][:, columns]
-    image_nodes, text_nodes = fuser.nodes(images, texts)
     return lambda rows, columns=slice(None): fuser.score_nodes(image_nodes[rows], text_nodes[columns])
 
 
 @torch.inference_mode()
-def ranked(fuser: PairFuser, features: PairedFeatures, block: int | None = None) -> tuple[Tensor, Tensor]:
+def ranked(
+    fuser: PairFuser, features: PairedFeatures, block: int | None = None, shortlist: int = 0
+) -> tuple[Tensor, Tensor]:
     """`ranks` of a pool of any size: per image `(N,)` and per caption `(M,)`, on the fuser's device.
 
     The logits of `block` images with all captions are held at a time (by default 16 MB of them), never all N·M, unless
-    the fuser is transductive (see `scorer`). The price: the true pairs are scored twice.
+    the fuser is transductive (see `scorer`). The price: the true pairs are scored twice. With a `shortlist` only so
+    many candidates of each query are scored (see `shortlist_ranks`), which the fusers of parts need in large pools.
     """
+    if shortlist:
+        image_nodes, text_nodes = pool_nodes(fuser, features)
+        return shortlist_ranks(fuser, image_nodes, text_nodes, features.owner.to(text_nodes.device), shortlist)
     weight = next(fuser.parameters())
     score, owner = scorer(fuser, features), features.owner.to(weight.device)
     images, block = len(features.image_rows), block or rows_at_a_time(len(features.owner))
@@ -197,9 +222,10 @@ def _recall(found: Tensor) -> Recall:
     return Recall(*(float((places <= k).mean()) for k in CUTS), median_rank=float(np.median(places)))
 
 
-def retrieval_report(fuser: PairFuser, features: PairedFeatures) -> Retrieval:
-    """Rank all captions for each image and all images for each caption of `features`."""
-    image_ranks, caption_ranks = ranked(fuser, features)
+def retrieval_report(fuser: PairFuser, features: PairedFeatures, shortlist: int = 0) -> Retrieval:
+    """Rank all captions for each image and all images for each caption of `features`; with a `shortlist`, only so many
+    candidates of each query by the match logit, and the rest after them by a cheap score (see `shortlist_ranks`)."""
+    image_ranks, caption_ranks = ranked(fuser, features, shortlist=shortlist)
     return Retrieval(
         _recall(image_ranks),
         _recall(caption_ranks),
@@ -253,17 +279,22 @@ def noise_recall(
     pairs: int = 200,
     held_out: int = 200,
     seed: int = 0,
+    parts: tuple[int, int] = (4, 3),
 ) -> float:
     """Caption→image R@1 on held-out pairs of pure noise, after `train(noise, validation)` has seen others.
 
     There is nothing to learn, so an honest fuser is at chance, 1 / `held_out`. Anything more is a leak: the
-    pairing reaches the scores by another way than the features.
+    pairing reaches the scores by another way than the features. `parts` are the numbers of cells and tokens, which
+    fusers of parts look at.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def noise(n: int) -> PairedFeatures:
         images, texts = (torch.randn(n, dim, generator=generator) for dim in dims)
-        return PairedFeatures.from_arrays(images, texts, range(n))
+        cells, tokens = (
+            torch.randn(n, count, dim, generator=generator) for count, dim in zip(parts, dims, strict=True)
+        )
+        return PairedFeatures.from_arrays(images, texts, range(n), cells, tokens)
 
     fuser = train(noise(pairs), noise(held_out))
     return retrieval_report(fuser, noise(held_out)).text_to_image.r1

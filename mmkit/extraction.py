@@ -235,35 +235,44 @@ def extract_features(
     (49 times as large) and the `tokens` of all captions (about 14 times).
 
     The folder's name is a digest of the dataset, the encoders, their weights, the preprocessing, the precision and
-    what is stored, so that a change of any of them extracts anew. An interrupted extraction goes on where it stopped;
-    of two processes that ask for the same features one extracts and the other waits; a store whose checksums are
-    wrong is made again. The processes of one job (torchrun, accelerate launch) share the batches; the bytes do not
-    depend on their number. `precision` is that of the encoders' arithmetic: "float32", "bfloat16", or "auto", which
-    takes bfloat16 where the processor has it; `dtype` is that of the files.
+    what is stored, so that a change of any of them extracts anew; a store that holds more than is asked for will
+    do. An interrupted extraction goes on where it stopped; of two processes that ask for the same features one
+    extracts and the other waits; a store whose checksums are wrong is made again. The processes of one job
+    (torchrun, accelerate launch) share the batches; the bytes do not depend on their number. `precision` is that of
+    the encoders' arithmetic: "float32", "bfloat16", or "auto", which takes bfloat16 where the processor has it;
+    `dtype` is that of the files.
     """
     autocast, precision = _autocast(encoders, precision)
     if dtype not in DTYPES:
         raise MmkitError(f"No dtype {dtype!r}. Valid names: {', '.join(DTYPES)}")
-    made_from = _made_from(dataset, encoders, precision=precision, dtype=dtype, grids=grids, tokens=tokens)
-    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
-    folder = Path(cache) / "features" / key
+    made_from = _made_from(dataset, encoders, precision=precision, dtype=dtype)
+    stored = [{"grids": cells, "tokens": words} for cells in sorted({grids, True}) for words in sorted({tokens, True})]
+    folders = [_folder(cache, made_from | parts) for parts in stored]  # what is asked for, then what holds more
     state = PartialState(cpu=not torch.accelerator.is_available())
     with ExitStack() as held:
         if state.is_main_process:
             try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                held.enter_context(FileLock(folder.with_suffix(".lock")))
+                folders[0].parent.mkdir(parents=True, exist_ok=True)
+                for folder in folders:
+                    held.enter_context(FileLock(folder.with_suffix(".lock")))
             except OSError as error:
                 raise MmkitError(
-                    f"Features cannot be written to {folder.parent} ({error.strerror}). Remedy: set MMKIT_CACHE."
+                    f"Features cannot be written to {folders[0].parent} ({error.strerror}). Remedy: set MMKIT_CACHE."
                 ) from None
-            if not is_whole(folder):
+            for folder in folders:
+                if is_whole(folder):
+                    break
                 shutil.rmtree(folder, ignore_errors=True)
         state.wait_for_everyone()
+        folder = next((folder for folder in folders if folder.is_dir()), folders[0])
         if not folder.is_dir():
-            _extract(dataset, encoders, autocast, state, folder, made_from)
+            _extract(dataset, encoders, autocast, state, folder, made_from | stored[0])
         state.wait_for_everyone()
     return FeatureStore(folder)
+
+
+def _folder(cache: str | Path, made_from: dict) -> Path:
+    return Path(cache) / "features" / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
 
 
 def _extract(

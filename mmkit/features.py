@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -34,12 +35,21 @@ def _float32(source: np.ndarray, rows: np.ndarray) -> Tensor:
     return torch.from_numpy(source[rows].astype(np.float32))
 
 
+def cat_parts(blocks: Sequence[Tensor]) -> Tensor:
+    """Blocks of vectors `(n, D)` or of stacks `(n, parts, D)` along the first axis; shorter stacks end in zeros."""
+    if blocks[0].ndim == 2:
+        return torch.cat(list(blocks))
+    longest = max(block.shape[1] for block in blocks)
+    return torch.cat([F.pad(block, (0, 0, 0, longest - block.shape[1])) for block in blocks])
+
+
 @dataclass(frozen=True, eq=False)
 class PairedFeatures:
     """Features of some images and of all their captions, read from the store's memory maps when asked for.
 
     `owner[j]` is the row of caption `j`'s image, int64 `(M,)`; `image_ids` `(N,)` are the dataset's. `sources` are
-    the arrays of the whole store (see `ARRAYS`), `image_rows` and `caption_rows` the chosen positions in them.
+    the arrays of the whole store (see `ARRAYS`), `image_rows` and `caption_rows` the chosen positions in them; `parts`
+    tells whether items come with their parts (see `with_parts`).
     """
 
     sources: dict[str, np.ndarray]
@@ -47,14 +57,29 @@ class PairedFeatures:
     caption_rows: np.ndarray
     owner: Tensor
     image_ids: np.ndarray
+    parts: bool = False
 
     def images(self, rows: Rows = slice(None)) -> Tensor:
-        """float32 `(n, image_dim)` of these images, by default of all."""
-        return _float32(self.sources["images"], _at(self.image_rows, rows))
+        """float32 `(n, image_dim)` of these images, by default of all; stacks of parts after `with_parts`."""
+        pooled = _float32(self.sources["images"], _at(self.image_rows, rows))
+        return torch.cat([pooled[:, None], self.grids(rows)], dim=1) if self.parts else pooled
 
     def captions(self, rows: Rows = slice(None)) -> Tensor:
-        """float32 `(n, text_dim)` of these captions, by default of all."""
-        return _float32(self.sources["captions"], _at(self.caption_rows, rows))
+        """float32 `(n, text_dim)` of these captions, by default of all; stacks of parts after `with_parts`."""
+        pooled = _float32(self.sources["captions"], _at(self.caption_rows, rows))
+        if not self.parts:
+            return pooled
+        return torch.cat([pooled[:, None], self.tokens(rows)[0]], dim=1)
+
+    def with_parts(self) -> "PairedFeatures":
+        """The same pairs, each item as a stack of its parts: the pooled vector, then the cells or the tokens.
+
+        `images` gives `(n, 1 + cells, image_dim)` and `captions` `(n, 1 + T, text_dim)`, where T is the number of
+        tokens of the longest caption asked for; shorter ones end in rows of zeros, which are no parts.
+        """
+        for name in ("grids", "tokens"):
+            self._optional(name)
+        return replace(self, parts=True)
 
     def grids(self, rows: Rows = slice(None)) -> Tensor:
         """float32 `(n, cells, image_dim)`: the cells of these images' feature maps, row by row (7 × 7 as a rule)."""
@@ -86,14 +111,37 @@ class PairedFeatures:
 
     @classmethod
     def from_arrays(
-        cls, images: np.ndarray | Tensor, captions: np.ndarray | Tensor, owner: Sequence[int]
+        cls,
+        images: np.ndarray | Tensor,
+        captions: np.ndarray | Tensor,
+        owner: Sequence[int],
+        grids: np.ndarray | Tensor | None = None,
+        tokens: np.ndarray | Tensor | None = None,
     ) -> "PairedFeatures":
-        """Features held in memory: `(N, image_dim)`, `(M, text_dim)` and the image row of each caption."""
+        """Features held in memory: `(N, image_dim)`, `(M, text_dim)` and the image row of each caption; where there
+        are parts, `grids` `(N, cells, image_dim)` and `tokens` `(M, T, text_dim)`, whose rows of zeros are padding."""
         rows = torch.as_tensor(owner, dtype=torch.long)
         if len(rows) != len(captions) or (len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(images)):
             raise MmkitError(f"owner must name one of {len(images)} images for each of {len(captions)} captions.")
         sources = {"images": np.asarray(images), "captions": np.asarray(captions)}
+        if grids is not None:
+            sources["grids"] = np.asarray(grids)
+        if tokens is not None:
+            tokens = np.asarray(tokens)
+            present = (tokens != 0).any(axis=2)
+            counts = present.sum(axis=1)
+            sources |= {"tokens": tokens[present]}
+            sources |= {"token_spans": np.stack([counts.cumsum() - counts, counts], axis=1)}
         return cls(sources, np.arange(len(images)), np.arange(len(captions)), rows, np.arange(len(images)))
+
+
+@dataclass(frozen=True, eq=False)
+class FalseCaptions:
+    """`features` are captions that are false of their images, and `captions` `(F,)` the rows of the true captions, of
+    the same images, that they were made from."""
+
+    features: PairedFeatures
+    captions: Tensor
 
 
 def sha256_of(path: Path) -> str:

@@ -1,5 +1,7 @@
 """The contract of every fuser, and the MLP fusers: system A's, and one with a gate."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
@@ -7,15 +9,32 @@ from torch import Tensor, nn
 
 from . import denormals  # noqa: F401  # for its effect
 from .errors import MmkitError
+from .features import PairedFeatures
 
 # a block of pair activations that stays near the processor's cache: 2²² floats are 16 MB
 _BLOCK = 2**22
 TEMPERATURE = 0.07  # CLIP's start
+PATHS = ("both", "product", "concatenation")
+_SAMPLE = 20_000  # items that means and deviations are taken from
 
 
 def unit_scale(nodes: Tensor) -> Tensor:
     """Nodes `(N, width)` at length √width: unit scale per component, and products that sum to width · cosine."""
     return F.normalize(nodes, dim=-1) * nodes.shape[-1] ** 0.5
+
+
+def sum_of_relu(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
+    """`Σₖ weightₖ · relu(leftᵢₖ + rightⱼₖ)` of all pairs: `(N, K)`, `(M, K)`, `(K,)` → `(N, M)`.
+
+    Without N·M·K numbers in memory: relu(z) = (z + |z|) / 2, the first half is linear, and `Σ |leftᵢₖ + rightⱼₖ|` is
+    the 1-norm distance of left and -right, which `torch.cdist` sums as it goes. Terms of negative weight take a
+    distance of their own.
+    """
+    left, right = left * weight, right * weight
+    total = left.sum(dim=1)[:, None] + right.sum(dim=1)
+    for kept, sign in ((weight > 0, 1), (weight < 0, -1)):
+        total = total + sign * torch.cdist(left[:, kept], -right[:, kept], p=1.0)
+    return total / 2
 
 
 def _rows_at_once(from_texts: Tensor) -> int:
@@ -54,17 +73,25 @@ class PairFuser(nn.Module, PyTorchModelHubMixin, library_name="mmkit", license="
     fused by system A's two paths: their product, and their concatenation through Linear(2·width → width), ReLU
     and Dropout; both together are the fused vector, `fused_dim = 2·width`. A linear match head turns it into a
     logit; it starts as cosine over temperature, what the contrastive loss knows at first, and learns the rest.
+    `paths` leaves one of the two out, to see what each is good for: "product" or "concatenation".
     `feature_dropout` drops input features in training, which small datasets need most (FuseMix, Vouitsis et al.
     2024, drops 0.6).
 
-    `transductive` tells whether a pair's logit depends on the other members of the pool.
+    `transductive` tells whether a pair's logit depends on the other members of the pool; `takes_parts` whether the
+    fuser takes stacks of an item's parts, as `PairedFeatures.with_parts` gives them, for vectors.
     """
 
     transductive = False
+    takes_parts = False
 
-    def __init__(self, image_dim: int, text_dim: int, width: int, dropout: float, feature_dropout: float) -> None:
+    def __init__(
+        self, image_dim: int, text_dim: int, width: int, dropout: float, feature_dropout: float, paths: str = "both"
+    ) -> None:
         super().__init__()
-        self.image_dim, self.text_dim, self.width, self.fused_dim = image_dim, text_dim, width, 2 * width
+        if paths not in PATHS:
+            raise MmkitError(f"No paths {paths!r}. Valid names: {', '.join(PATHS)}")
+        self.image_dim, self.text_dim, self.width, self.paths = image_dim, text_dim, width, paths
+        self.fused_dim = 2 * width if paths == "both" else width
         self.standardize_images, self.standardize_texts = Standardize(image_dim), Standardize(text_dim)
         self.feature_dropout = nn.Dropout(feature_dropout)
         self.build_head(dropout)
@@ -73,25 +100,47 @@ class PairFuser(nn.Module, PyTorchModelHubMixin, library_name="mmkit", license="
     def build_head(self, dropout: float) -> None:
         """Make the layers that `fuse` and `match` need; a subclass that fuses otherwise replaces all three."""
         width = self.width
-        self.concatenation = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Dropout(dropout))
-        self.match_head = nn.Linear(2 * width, 1)
-        with torch.no_grad():
-            product, joined = self.match_head.weight[0].split(width)
-            product.fill_(1 / (TEMPERATURE * width))  # nodes have length √width
-            joined.zero_()
+        self.match_head = nn.Linear(self.fused_dim, 1)
+        if self.paths != "product":
+            self.concatenation = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Dropout(dropout))
+        if self.paths != "concatenation":
+            with torch.no_grad():
+                self.match_head.weight[0, :width].fill_(1 / (TEMPERATURE * width))  # nodes have length √width
+                self.match_head.weight[0, width:].zero_()
+
+    def view(self, features: PairedFeatures) -> PairedFeatures:
+        """The same pairs in the form that this fuser takes: vectors, or stacks of parts."""
+        return features.with_parts() if self.takes_parts else features
+
+    def observe(self, train: PairedFeatures) -> None:
+        """Take what the fuser needs to know of the training set before the first step: means and deviations."""
+        self.check_sizes(train.images([0]), train.captions([0]))
+        vectors = replace(train, parts=False)
+        self.standardize_images.fit(vectors.images(torch.randperm(len(train.image_rows))[:_SAMPLE]))
+        self.standardize_texts.fit(vectors.captions(torch.randperm(len(train.owner))[:_SAMPLE]))
 
     def nodes(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """`(N, image_dim)`, `(M, text_dim)` → `(N, width)`, `(M, width)`."""
         raise NotImplementedError
 
+    def similarities(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
+        """What the contrastive loss trains: the cosines of all nodes `(N, width)`, `(M, width)` → `(N, M)`."""
+        return F.normalize(image_nodes, dim=-1) @ F.normalize(text_nodes, dim=-1).T
+
+    def shortlist_scores(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
+        """What chooses the candidates that are worth a match: scores of all pairs `(N, M)` by one matrix product."""
+        return self.similarities(image_nodes, text_nodes)
+
     def check_sizes(self, images: Tensor, texts: Tensor) -> None:
         """Raise an error that names both sizes if the features are not of this fuser's."""
         found, expected = (images.shape[-1], texts.shape[-1]), (self.image_dim, self.text_dim)
-        if images.ndim != 2 or texts.ndim != 2 or found != expected:
+        axes = 2 + self.takes_parts
+        if images.ndim != axes or texts.ndim != axes or found != expected:
+            form = "stacks of parts, (items, parts, size)," if self.takes_parts else "vectors, (items, size),"
             raise MmkitError(
-                f"The fuser takes image and text features of sizes {expected}, and these have shapes "
-                f"{tuple(images.shape)} and {tuple(texts.shape)}. Remedy: extract them with the fuser's encoders, or "
-                "build the fuser with image_dim and text_dim of the features."
+                f"The fuser takes image and text features of sizes {expected} as {form} and these have shapes "
+                f"{tuple(images.shape)} and {tuple(texts.shape)}. Remedy: extract them with the fuser's encoders, "
+                "take fuser.view(features), or build the fuser with image_dim and text_dim of the features."
             )
 
     def prepare(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,9 +150,13 @@ class PairFuser(nn.Module, PyTorchModelHubMixin, library_name="mmkit", license="
         return self.feature_dropout(images), self.feature_dropout(texts)
 
     def fuse(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
-        """Aligned nodes `(B, width)` twice → fused vectors `(B, 2·width)`: product, then concatenation path."""
-        joined = self.concatenation(torch.cat([image_nodes, text_nodes], dim=-1))
-        return torch.cat([image_nodes * text_nodes, joined], dim=-1)
+        """Aligned nodes `(B, width)` twice → fused vectors `(B, fused_dim)`: product, then concatenation path."""
+        fused = []
+        if self.paths != "concatenation":
+            fused.append(image_nodes * text_nodes)
+        if self.paths != "product":
+            fused.append(self.concatenation(torch.cat([image_nodes, text_nodes], dim=-1)))
+        return torch.cat(fused, dim=-1)
 
     def match(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
         """Aligned nodes → match logits `(B,)`."""
@@ -125,16 +178,15 @@ class PairFuser(nn.Module, PyTorchModelHubMixin, library_name="mmkit", license="
 
     def score_nodes(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
         """`score` for nodes that are computed already."""
-        linear = self.concatenation[0]
-        image_part, text_part = linear.weight.split(self.width, dim=1)
-        product, joined = self.match_head.weight[0].split(self.width)
-        from_images = F.linear(image_nodes, image_part, linear.bias)
-        from_texts = F.linear(text_nodes, text_part)
-        logits = (image_nodes * product) @ text_nodes.T + self.match_head.bias
-        blocks = [
-            torch.relu(block[:, None] + from_texts) @ joined for block in from_images.split(_rows_at_once(from_texts))
-        ]
-        return logits + torch.cat(blocks)
+        logits, head = self.match_head.bias, self.match_head.weight[0]
+        if self.paths != "concatenation":
+            logits = logits + (image_nodes * head[: self.width]) @ text_nodes.T
+        if self.paths != "product":
+            linear, joined = self.concatenation[0], head[-self.width :]
+            image_part, text_part = linear.weight.split(self.width, dim=1)
+            from_images = F.linear(image_nodes, image_part, linear.bias)
+            logits = logits + sum_of_relu(from_images, F.linear(text_nodes, text_part), joined)
+        return logits
 
 
 class MultimodalFeatureFuser(PairFuser):
@@ -152,8 +204,9 @@ class MultimodalFeatureFuser(PairFuser):
         dropout: float = 0.3,
         feature_dropout: float = 0.0,
         normalize: bool = True,
+        paths: str = "both",
     ) -> None:
-        super().__init__(image_dim, text_dim, fusion_dim, dropout, feature_dropout)
+        super().__init__(image_dim, text_dim, fusion_dim, dropout, feature_dropout, paths)
         self.normalize = normalize
         self.project_images = nn.Linear(image_dim, fusion_dim)
         self.project_texts = nn.Linear(text_dim, fusion_dim)
@@ -178,6 +231,8 @@ class GatedFuser(MultimodalFeatureFuser):
 
     def build_head(self, dropout: float) -> None:
         """Add the gate, half open for every pair at first: the logit starts as cosine over temperature."""
+        if self.paths != "both":
+            raise MmkitError(f"A gate chooses between two paths; there is one, {self.paths!r}.")
         super().build_head(dropout)
         self.gate = nn.Linear(2 * self.width, self.width)
         nn.init.zeros_(self.gate.weight)

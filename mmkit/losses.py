@@ -1,4 +1,4 @@
-"""The two losses that every fuser is trained with."""
+"""The losses that fusers are trained with."""
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,13 @@ def contrastive_loss(
     """
     if image_nodes.shape != text_nodes.shape:
         raise MmkitError(f"Aligned nodes differ in shape: {tuple(image_nodes.shape)} and {tuple(text_nodes.shape)}.")
+    return info_nce(F.normalize(image_nodes, dim=-1) @ F.normalize(text_nodes, dim=-1).T, log_temperature, owner)
+
+
+def info_nce(similarity: Tensor, log_temperature: Tensor, owner: Tensor | None = None) -> Tensor:
+    """`contrastive_loss` of similarities `(B, B)` in [-1, 1] that are known already, images in rows."""
     temperature = log_temperature.exp().clamp(MIN_TEMPERATURE, MAX_TEMPERATURE)
-    logits = F.normalize(image_nodes, dim=-1) @ F.normalize(text_nodes, dim=-1).T / temperature
+    logits = similarity / temperature
     if owner is not None:
         same_image = (owner[:, None] == owner) & ~torch.eye(len(owner), dtype=torch.bool, device=owner.device)
         logits = logits.masked_fill(same_image, -torch.inf)
@@ -41,18 +46,28 @@ def matching_loss(logits: Tensor, matched: Tensor) -> Tensor:
     return ((loss * matched).sum() / positives + (loss * (1 - matched)).sum() / negatives) / 2
 
 
+def contradiction_loss(true: Tensor, false: Tensor) -> Tensor:
+    """Logistic ranking loss of match logits `(F,)` of captions and of the same with a fact changed, of the same images.
+
+    `log(1 + exp(false - true))`, RankNet's (Burges et al. 2005, section 3): what both have in common cancels, and what
+    is left to learn is the fact.
+    """
+    return F.softplus(false - true).mean()
+
+
 @torch.no_grad()
-def sample_negatives(image_nodes: Tensor, text_nodes: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+def sample_negatives(similarity: Tensor, owner: Tensor, hardness: float = 1.0) -> tuple[Tensor, Tensor]:
     """Unmatched pairs for `matching_loss` from a batch of aligned pairs, with none of the same image.
 
-    For each pair a random other caption, and a hard one drawn in proportion to its similarity to the image
-    (ALBEF, Li et al. 2021, section 3.2); likewise for each caption. Returns rows of images and of texts, `(≤ 4B,)`.
+    For each pair a random other caption, and one drawn in proportion to exp(hardness · similarity / 0.07) from the
+    image's row of `similarity` `(B, B)`; likewise for each caption. With `hardness` 0 that one is random as well,
+    with 1 it is ALBEF's hard negative (Li et al. 2021, section 3.2). Returns rows of images and of texts, `(≤ 4B,)`.
     """
     other = owner[:, None] != owner
     rows = other.any(dim=1).nonzero().squeeze(1)
     if not len(rows):
         return rows, rows
-    similarity = F.normalize(image_nodes, dim=-1) @ F.normalize(text_nodes, dim=-1).T / 0.07
+    similarity = hardness * similarity / 0.07
     similarity = similarity.nan_to_num()  # the losses report what is not finite; sampling must not fail before them
     random = other[rows].float()
     hard_texts = similarity.masked_fill(~other, -torch.inf)[rows].softmax(dim=1)

@@ -57,6 +57,7 @@ class Profile:
     precision: str = "auto"
     fusion_dim: int = 256
     hidden_dim: int = 256
+    part_dim: int = 128
     dropout: float = 0.3
     feature_dropout: float = 0.3
     heads: int = 8
@@ -64,6 +65,7 @@ class Profile:
     neighbours: int = 5
     epochs: int = 12
     batch_size: int = 512
+    part_batch_size: int = 64
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
     contrastive_weight: float = 1.0

@@ -10,14 +10,14 @@ from torch import Tensor
 from .data import CaptionDataset, DiagnosticNegatives
 from .encoders import Encoders
 from .errors import MmkitError
-from .evaluation import Recall, Retrieval, retrieval_report, scorer
+from .evaluation import Recall, Retrieval, pool_nodes, retrieval_report, scorer
 from .extraction import _autocast
 from .facts import FACTS
-from .features import PairedFeatures
+from .features import FalseCaptions, PairedFeatures
 from .fusers import PairFuser
 from .metrics import CUTS, DIRECTIONS, Interval, Spread, bootstrap, mean_and_deviation, rows_at_a_time
+from .shortlist import pair_logits
 
-_CHUNK = 4096
 _ECCV_DEPTH = 50  # an image has up to 48 positives, of which R-precision looks at the first 48
 _ECCV_FIGURES = ("eccv_r1", "eccv_map_at_r", "eccv_rprecision", "coco_5k_recalls", "cxc_recalls")
 
@@ -55,32 +55,42 @@ class Diagnostic:
     pool: tuple[int, int]
 
 
-def encode_texts(encoders: Encoders, texts: Sequence[str], precision: str = "auto", batch: int = 64) -> Tensor:
-    """Pooled features float32 `(len(texts), text_dim)` in the texts' order, computed as `extract_features` does:
-    batches of equal length, in its `precision`."""
-    found = torch.zeros(len(texts), encoders.text.dim)
+def _encode(encoders: Encoders, texts: Sequence[str], precision: str, batch: int = 64) -> tuple[Tensor, list[Tensor]]:
+    """Pooled features `(len(texts), text_dim)` and the tokens `(length, text_dim)` of each, in the texts' order."""
+    pooled, tokens = torch.zeros(len(texts), encoders.text.dim), [torch.empty(0)] * len(texts)
     order = torch.from_numpy(np.argsort(encoders.preprocessor.token_counts(texts), kind="stable"))
     with _autocast(encoders, precision)[0]:
         for rows in order.split(batch) if len(texts) else ():
-            tokens = encoders.preprocessor.preprocess_text([texts[row] for row in rows])
-            found[rows] = encoders.text(**tokens).pooled.float().cpu()
-    return found
+            output = encoders.text(**encoders.preprocessor.preprocess_text([texts[row] for row in rows]))
+            pooled[rows] = output.pooled.float().cpu()
+            for row, found, mask in zip(rows.tolist(), output.tokens, output.mask, strict=True):
+                tokens[row] = found[mask.bool()].float().cpu()
+    return pooled, tokens
 
 
-def diagnostic_pairs(
-    dataset: CaptionDataset,
-    features: PairedFeatures,
-    encoders: Encoders,
-    facts: Sequence[str] = FACTS,
-    seed: int = 0,
-    precision: str = "auto",
-) -> dict[str, tuple[DiagnosticNegatives, Tensor]]:
-    """For each fact the false captions of these features' images, and the features of their texts `(P, text_dim)`.
+def encode_texts(encoders: Encoders, texts: Sequence[str], precision: str = "auto", batch: int = 64) -> Tensor:
+    """Pooled features float32 `(len(texts), text_dim)` in the texts' order, computed as `extract_features` does:
+    batches of equal length, in its `precision`."""
+    return _encode(encoders, texts, precision, batch)[0]
 
-    `dataset` is the one the features were extracted from, or a selection that holds their images. The positions in
-    the result are rows of `features`. Facts that none of the images has are left out. The texts' features are rounded
-    as the store's are: both captions of a pair must have come the same way. `precision` is that of the extraction.
-    """
+
+def _as_features(
+    features: PairedFeatures, encoders: Encoders, texts: Sequence[str], images: Sequence[int], precision: str
+) -> PairedFeatures:
+    """`texts` as further captions of these rows of images, rounded as the store's are: both captions of a pair must
+    have come the same way."""
+    pooled, tokens = _encode(encoders, texts, precision)
+    kind, ends = features.sources["captions"].dtype, np.cumsum([len(found) for found in tokens], dtype=np.int64)
+    sources = features.sources | {"captions": pooled.numpy().astype(kind)}
+    if "tokens" in sources:
+        spans = np.stack([np.concatenate([[0], ends[:-1]]), np.diff(ends, prepend=0)], axis=1)
+        sources |= {"tokens": torch.cat(tokens).numpy().astype(kind), "token_spans": spans}
+    owner = torch.as_tensor(images, dtype=torch.long)
+    return replace(features, sources=sources, caption_rows=np.arange(len(texts)), owner=owner)
+
+
+def _dataset_of(dataset: CaptionDataset, features: PairedFeatures) -> CaptionDataset:
+    """The part of the dataset that the features are of, in their order."""
     position = {image: place for place, image in enumerate(dataset.image_ids)}
     if missing := [image for image in features.image_ids.tolist() if image not in position]:
         raise MmkitError(
@@ -92,18 +102,57 @@ def diagnostic_pairs(
         raise MmkitError(
             "The dataset's captions are not those of the features. Remedy: features = store.select(images)"
         )
-    kind, found = features.sources["captions"].dtype, {}
+    return chosen
+
+
+def diagnostic_pairs(
+    dataset: CaptionDataset,
+    features: PairedFeatures,
+    encoders: Encoders,
+    facts: Sequence[str] = FACTS,
+    seed: int = 0,
+    precision: str = "auto",
+) -> dict[str, tuple[DiagnosticNegatives, PairedFeatures]]:
+    """For each fact the false captions of these features' images, and their features as captions of those images.
+
+    `dataset` is the one the features were extracted from, or a selection that holds their images. The positions in
+    the result are rows of `features`. Facts that none of the images has are left out. `precision` is that of the
+    extraction.
+    """
+    chosen, found = _dataset_of(dataset, features), {}
     for fact in facts:
         negatives = chosen.diagnostic_negatives(fact, seed)
         if negatives.texts:
-            texts = encode_texts(encoders, negatives.texts, precision)
-            found[fact] = negatives, torch.from_numpy(texts.numpy().astype(kind).astype(np.float32))
+            found[fact] = negatives, _as_features(features, encoders, negatives.texts, negatives.images, precision)
     return found
+
+
+def false_captions(
+    dataset: CaptionDataset,
+    features: PairedFeatures,
+    encoders: Encoders,
+    facts: Sequence[str] = FACTS,
+    seeds: Sequence[int] = (1, 2),
+    precision: str = "auto",
+) -> FalseCaptions:
+    """Captions with one of these facts changed, for `fit` to learn from: those of every fact and seed, each text once.
+
+    The seeds should not be the one that `diagnostic_pairs` draws from, although other images are judged.
+    """
+    chosen = _dataset_of(dataset, features)
+    drawn = [chosen.diagnostic_negatives(fact, seed) for fact in facts for seed in seeds]
+    made = {
+        (int(image), int(caption), text)
+        for part in drawn
+        for image, caption, text in zip(part.images, part.captions, part.texts, strict=True)
+    }
+    images, captions, texts = zip(*sorted(made), strict=True) if made else ((), (), ())
+    return FalseCaptions(_as_features(features, encoders, texts, images, precision), torch.tensor(captions))
 
 
 @torch.inference_mode()
 def diagnostic_report(
-    fuser: PairFuser, features: PairedFeatures, negatives: dict[str, tuple[DiagnosticNegatives, Tensor]]
+    fuser: PairFuser, features: PairedFeatures, negatives: dict[str, tuple[DiagnosticNegatives, PairedFeatures]]
 ) -> dict[str, Diagnostic]:
     """Two-way forced choice for each kind of changed fact (Hodosh & Hockenmaier 2016) of `diagnostic_pairs`.
 
@@ -111,30 +160,25 @@ def diagnostic_report(
     blind to the fact is at chance. Counted against the fuser, blindness would look like a preference for falsehood.
     The false captions join the pool, which matters to transductive fusers alone.
     """
-    fuser.eval()
-    device, report = next(fuser.parameters()).device, {}
-    images, captions = features.images().to(device), features.captions()
+    report, captions, images = {}, len(features.owner), len(features.image_rows)
     for fact, (pairs, false) in negatives.items():
         rows, true = torch.from_numpy(pairs.images), torch.from_numpy(pairs.captions)
-        fits = len(rows) == len(false) > 0 and int(rows.max()) < len(images) and int(true.max()) < len(captions)
+        fits = len(rows) == len(false.owner) > 0 and int(rows.max()) < images and int(true.max()) < captions
         if not fits or not torch.equal(features.owner[true], rows):
             raise MmkitError(
                 f"The pairs of {fact!r} are not of these features. Remedy: take those that diagnostic_pairs(dataset, "
                 "features, encoders) gives."
             )
-        image_nodes, text_nodes = fuser.nodes(images, torch.cat([captions, false]).to(device))
-        true_nodes, false_nodes = text_nodes[true.to(device)], text_nodes[len(captions) :]
-        parts = (image_nodes[rows.to(device)], true_nodes, false_nodes)
-        margins = torch.cat(
-            [
-                fuser.match(image, right) - fuser.match(image, wrong)
-                for image, right, wrong in zip(*(part.split(_CHUNK) for part in parts), strict=True)
-            ]
-        ).cpu()
+        image_nodes, text_nodes = pool_nodes(fuser, features, false)
+        rows, true = rows.to(text_nodes.device), true.to(text_nodes.device)
+        wrong = captions + torch.arange(len(rows), device=rows.device)
+        right, wrong = (pair_logits(fuser, image_nodes, text_nodes, rows, texts) for texts in (true, wrong))
+        margins = (right - wrong).cpu()
         if not torch.isfinite(margins).all():
             raise MmkitError("The fuser's logits hold NaN or infinity; it cannot be evaluated.")
         won = (margins.sign().double() + 1) / 2
-        sums, counts = rows.bincount(won, minlength=len(images)), rows.bincount(minlength=len(images))
+        rows = rows.cpu()
+        sums, counts = rows.bincount(won, minlength=images), rows.bincount(minlength=images)
         seen = counts > 0
         accuracy = float(won.mean())
         report[fact] = Diagnostic(
@@ -143,7 +187,7 @@ def diagnostic_report(
             bootstrap(sums[seen], counts[seen]) if seen.sum() > 1 else Interval(0.0, 1.0),  # one image tells nothing
             float((margins == 0).double().mean()),
             len(won),
-            (len(images), len(text_nodes)),
+            (images, len(text_nodes)),
         )
     return report
 

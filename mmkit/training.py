@@ -4,8 +4,9 @@ import copy
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -18,10 +19,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .baselines import RegularizedCCA, TwoTower
 from .errors import MmkitError
-from .features import PairedFeatures
+from .features import FalseCaptions, PairedFeatures, cat_parts
 from .fusers import GatedFuser, MultimodalFeatureFuser, PairFuser
-from .graphs import MultimodalGNN
-from .losses import contrastive_loss, matching_loss, sample_negatives
+from .graphs import HeteroGNN, MultimodalGNN
+from .losses import contradiction_loss, info_nce, matching_loss, sample_negatives
+from .parts import CrossAttentionFuser, RegionWordGNN
 from .profiles import Profile
 from .progress import progress
 from .states import load_state, save_state
@@ -29,9 +31,12 @@ from .states import load_state, save_state
 FUSERS: dict[str, type[PairFuser]] = {
     "mlp": MultimodalFeatureFuser,
     "gnn": MultimodalGNN,
+    "hetero-gnn": HeteroGNN,
     "gated": GatedFuser,
     "two-tower": TwoTower,
     "cca": RegularizedCCA,
+    "cross-attention": CrossAttentionFuser,
+    "region-word": RegionWordGNN,
 }
 
 
@@ -40,19 +45,30 @@ def build_fuser(name: str, profile: Profile, image_dim: int, text_dim: int) -> P
     if name not in FUSERS:
         raise MmkitError(f"No fuser {name!r}. Valid names: {', '.join(FUSERS)}")
     set_seed(profile.seed)
-    sizes = (image_dim, text_dim, profile.hidden_dim if name == "gnn" else profile.fusion_dim)
+    sizes = (image_dim, text_dim, profile.hidden_dim if "gnn" in name else profile.fusion_dim)
     dropouts = {"dropout": profile.dropout, "feature_dropout": profile.feature_dropout}
     if name == "gnn":
         return MultimodalGNN(*sizes, profile.heads, profile.layers, profile.neighbours, **dropouts)
+    if name == "hetero-gnn":
+        return HeteroGNN(*sizes, profile.layers, profile.neighbours, **dropouts)
     if name == "two-tower":
         return TwoTower(*sizes, profile.feature_dropout)
     if name == "cca":
         return RegularizedCCA(*sizes)
+    if name == "cross-attention":
+        return CrossAttentionFuser(*sizes[:2], profile.part_dim, profile.heads, **dropouts)
+    if name == "region-word":
+        return RegionWordGNN(*sizes[:2], profile.part_dim, profile.layers, profile.neighbours, **dropouts)
     return FUSERS[name](*sizes, **dropouts)
 
 
 def fit_profile(
-    fuser: PairFuser, train: PairedFeatures, validation: PairedFeatures, profile: Profile, state: Path | None = None
+    fuser: PairFuser,
+    train: PairedFeatures,
+    validation: PairedFeatures,
+    profile: Profile,
+    state: Path | None = None,
+    false: FalseCaptions | None = None,
 ) -> "History":
     """`fit` with the profile's settings. A closed form is solved: its history is one row, with 0 gradient steps."""
     if isinstance(fuser, RegularizedCCA):
@@ -66,28 +82,51 @@ def fit_profile(
         return History([row])
     names = ("epochs", "batch_size", "learning_rate", "weight_decay", "contrastive_weight", "matching_weight")
     settings = {name: getattr(profile, name) for name in (*names, "patience", "seed")}
-    return fit(fuser, train, validation, **settings, state=state)
+    if fuser.takes_parts:
+        settings["batch_size"] = profile.part_batch_size
+    return fit(fuser, train, validation, **settings, state=state, false=false)
+
+
+class Batch(NamedTuple):
+    """`images` `(U, image_dim)`, each image once; `texts` `(B + 2·F, text_dim)`: B captions, F false ones, and the F
+    true ones that those were made from; `owner` `(B,)`, the row in `images` of each caption's image, and `denied`
+    `(F,)`, that of each false caption's. Images and texts are stacks where the fuser takes parts.
+    """
+
+    images: Tensor
+    texts: Tensor
+    owner: Tensor
+    denied: Tensor
 
 
 class PairBatches(Dataset):
-    """One item per caption, read a whole batch at a time.
+    """One item per caption, read a whole batch at a time; each image of a batch brings one of its `false` captions,
+    drawn evenly, if it has any."""
 
-    A batch of `B` captions is `images` `(U, image_dim)`, each image once, `texts` `(B, text_dim)`, and `owner`
-    `(B,)`, the row in `images` of each caption's image.
-    """
-
-    def __init__(self, features: PairedFeatures) -> None:
-        self.features = features
+    def __init__(self, features: PairedFeatures, false: FalseCaptions | None = None) -> None:
+        self.features, self.false = features, false
+        if false is not None:
+            owner = false.features.owner
+            self.by_image = owner.argsort(stable=True)
+            self.count = owner.bincount(minlength=len(features.image_rows))
+            self.first = self.count.cumsum(0) - self.count
 
     def __len__(self) -> int:
         return len(self.features.owner)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, index: int) -> Batch:
         return self.__getitems__([index])
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
         images, owner = self.features.owner[list(indices)].unique(return_inverse=True)
-        return self.features.images(images), self.features.captions(indices), owner
+        texts, denied = self.features.captions(indices), owner[:0]
+        if self.false is not None:
+            denied = self.count[images].nonzero().flatten()
+            chosen = self.first[images] + (torch.rand(len(images)) * self.count[images]).long()
+            chosen = self.by_image[chosen[denied]]
+            true = self.features.captions(self.false.captions[chosen])
+            texts = cat_parts([texts, self.false.features.captions(chosen), true])
+        return Batch(self.features.images(images), texts, owner, denied)
 
 
 class _Order(Sampler[int]):
@@ -115,17 +154,21 @@ class _PairLosses(nn.Module):
         super().__init__()
         self.fuser = fuser
 
-    def forward(self, images: Tensor, texts: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-        image_nodes, text_nodes = self.fuser.nodes(images, texts)
-        image_nodes = image_nodes.index_select(0, owner)  # whose backward, unlike indexing's, adds in a fixed order
-        contrastive = contrastive_loss(image_nodes, text_nodes, self.fuser.log_temperature, owner)
-        image_rows, text_rows = sample_negatives(image_nodes, text_nodes, owner)
-        logits = self.fuser.match(
-            torch.cat([image_nodes, image_nodes.index_select(0, image_rows)]),
-            torch.cat([text_nodes, text_nodes.index_select(0, text_rows)]),
-        )
-        matched = torch.arange(len(logits), device=logits.device) < len(owner)
-        return contrastive, matching_loss(logits, matched)
+    def forward(self, batch: Batch, hardness: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        count, owner = len(batch.owner), batch.owner
+        image_nodes, text_nodes = self.fuser.nodes(batch.images, batch.texts)
+        # index_select's backward, unlike indexing's, adds in a fixed order
+        similarity = self.fuser.similarities(image_nodes, text_nodes[:count]).index_select(0, owner)
+        contrastive = info_nce(similarity, self.fuser.log_temperature, owner)
+        image_rows, text_rows = sample_negatives(similarity, owner, hardness)
+        images = torch.cat([owner, owner.index_select(0, image_rows), batch.denied, batch.denied])
+        captions = torch.arange(len(text_nodes), device=owner.device)
+        texts = torch.cat([captions[:count], text_rows, captions[count:]])
+        logits = self.fuser.match(image_nodes.index_select(0, images), text_nodes.index_select(0, texts))
+        pairs, false, true = logits.tensor_split((count + len(text_rows), len(logits) - len(batch.denied)))
+        matched = torch.arange(len(pairs), device=logits.device) < count
+        contradiction = contradiction_loss(true, false) if len(false) else logits.new_zeros(())
+        return contrastive, matching_loss(pairs, matched), contradiction
 
 
 @dataclass
@@ -178,6 +221,7 @@ def fit(
     patience: int = 0,
     seed: int = 0,
     state: Path | None = None,
+    false: FalseCaptions | None = None,
 ) -> History:
     """Train `fuser` in place by contrastive + cross-entropy loss, and keep the epoch of lowest validation loss.
 
@@ -188,27 +232,33 @@ def fit(
 
     `state` names a file in which each finished epoch is kept; a training that was broken off goes on from there, and
     ends in the same weights on the same device. The caller deletes the file when the fuser is safe.
+
+    The matching loss meets, for each pair, a random unmatched one and one that is drawn by similarity, the more sharply
+    the longer the training lasts: its `hardness` (see `sample_negatives`) goes from 0 to 1 over the first half of the
+    steps. `false` are captions with a fact changed, as `false_captions` makes them: each image of a batch brings one
+    of its own, which has to have a lower logit than the true one (`contradiction_loss`).
     """
     if epochs < 1:
         raise MmkitError(f"epochs is {epochs}; training takes at least one.")
     if isinstance(fuser, RegularizedCCA):
         raise MmkitError("A CCA is solved, not stepped. Remedy: fit_profile, or fuser.solve(train, validation)")
     set_seed(seed)
-    rows = torch.randperm(len(train.image_rows))[:20_000]
-    fuser.check_sizes(train.images(rows[:1]), train.captions(slice(0, 1)))
-    fuser.standardize_images.fit(train.images(rows))
-    fuser.standardize_texts.fit(train.captions(torch.randperm(len(train.owner))[:20_000]))
+    train, validation = fuser.view(train), fuser.view(validation)
+    false = replace(false, features=fuser.view(false.features)) if false is not None else None
+    fuser.observe(train)
 
     accelerator = Accelerator(mixed_precision=_mixed_precision())
     losses, order = _PairLosses(fuser), _Order(len(train.owner), seed)
-    loader = DataLoader(PairBatches(train), batch_size, sampler=order, collate_fn=lambda batch: batch)
+    loader = DataLoader(PairBatches(train, false), batch_size, sampler=order, collate_fn=lambda batch: batch)
     optimizer = torch.optim.AdamW(_weight_groups(losses, weight_decay), lr=learning_rate)
     total = epochs * len(loader)
     scheduler = LambdaLR(optimizer, lambda step: _warmup_cosine(step, max(1, total // 10), total))
     losses, optimizer, loader, scheduler = accelerator.prepare(losses, optimizer, loader, scheduler)
     history, best = History(), copy.deepcopy(fuser.state_dict())
+    weights = torch.tensor([contrastive_weight, matching_weight, 1.0])
     settings = [epochs, batch_size, learning_rate, weight_decay, contrastive_weight, matching_weight, clip, seed]
     sizes = [sum(p.numel() for p in fuser.parameters()), len(train.owner), len(validation.owner)]
+    sizes.append(len(false.captions) if false is not None else 0)
     made_by = [type(fuser).__name__, sizes, settings]
     if state is not None and state.is_file():
         history, best = _resume(state, made_by, fuser, optimizer, scheduler)
@@ -218,10 +268,10 @@ def fit(
         set_seed(_epoch_seed(seed, epoch))
         order.epoch = epoch
         losses.train()
-        sums = torch.zeros(2)
+        sums = torch.zeros(3)
         for step, batch in enumerate(loader):
-            contrastive, matching = losses(*batch)
-            loss = contrastive_weight * contrastive + matching_weight * matching
+            parts = torch.stack(losses(batch, min(1.0, 2 * (epoch * len(loader) + step) / total)))
+            loss = parts @ weights.to(parts)
             if not torch.isfinite(loss):
                 images = _suspects(train, order, step, batch_size)
                 raise MmkitError(
@@ -233,10 +283,10 @@ def fit(
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            sums += torch.stack([contrastive, matching]).detach().cpu()
-        contrastive, matching = (sums / len(loader)).tolist()
-        row = {"contrastive": contrastive, "matching": matching, "temperature": fuser.log_temperature.exp().item()}
-        row["loss"] = contrastive_weight * contrastive + matching_weight * matching
+            sums += parts.detach().cpu()
+        means = sums / len(loader)
+        row = dict(zip(("contrastive", "matching", "contradiction"), means.tolist(), strict=True))
+        row |= {"temperature": fuser.log_temperature.exp().item(), "loss": float(means @ weights)}
         held_out = validation_losses(fuser, validation, batch_size, seed)
         row |= {f"validation_{name}": value for name, value in zip(("contrastive", "matching"), held_out, strict=True)}
         row["validation_loss"] = contrastive_weight * held_out[0] + matching_weight * held_out[1]
@@ -284,6 +334,7 @@ def _resume(
 def validation_losses(fuser: PairFuser, features: PairedFeatures, batch_size: int, seed: int) -> tuple[float, float]:
     """Mean contrastive and matching loss over `features`, in batches and with negatives fixed by `seed`."""
     fuser.eval()
+    features = fuser.view(features)
     device = next(fuser.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(
@@ -292,6 +343,6 @@ def validation_losses(fuser: PairFuser, features: PairedFeatures, batch_size: in
     losses = _PairLosses(fuser)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        rows = [torch.stack(losses(*(part.to(device) for part in batch))) for batch in loader]
-    contrastive, matching = torch.stack(rows).mean(dim=0).tolist()
+        rows = [torch.stack(losses(Batch(*(part.to(device) for part in batch)))) for batch in loader]
+    contrastive, matching, _ = torch.stack(rows).mean(dim=0).tolist()
     return contrastive, matching

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 import mmkit
 from mmkit.extraction import _CAPTION_BATCH, _IMAGE_BATCH, _autocast, _encode_captions, _encode_images, _Texts, _Work
-from mmkit.training import _PairLosses
+from mmkit.training import Batch, _PairLosses
 
 SCENES, CAPTIONS, PADDED = 150, 256, 16
 DECODED, DECODED_BATCH = 600, 25
@@ -396,7 +396,7 @@ def fit_vs_bare_loop() -> Contest:
         for _ in range(FITTED_EPOCHS):
             fuser.train()
             for rows in torch.randperm(FITTED).split(FITTED_BATCH):
-                contrastive, matching = losses(images[rows], texts[rows], torch.arange(len(rows)))
+                contrastive, matching, _ = losses(Batch(images[rows], texts[rows], torch.arange(len(rows)), rows[:0]))
                 optimizer.zero_grad()
                 (contrastive + matching).backward()
                 torch.nn.utils.clip_grad_norm_(fuser.parameters(), 1.0)

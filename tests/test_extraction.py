@@ -222,3 +222,16 @@ def test_random_kills_leave_no_trace(scenes_folder, tmp_path, script, whole):
     subprocess.run([*job, "0"], env=environment(), check=True, capture_output=True, timeout=300)
     assert files(tmp_path / "cache") == whole[1]
     assert not list((tmp_path / "cache" / "features").glob("*.part"))
+
+
+def test_a_store_that_holds_more_will_do_and_a_damaged_one_is_passed_over(dataset, encoders, tmp_path):
+    few = dataset.select(range(6))
+    rich = extract_features(few, encoders, tmp_path, "float32", grids=True, tokens=True)
+    for asked in ({}, {"grids": True}, {"tokens": True}):
+        found = extract_features(few, encoders, tmp_path, "float32", **asked)
+        assert found.manifest == rich.manifest
+    folders = [path for path in (tmp_path / "features").iterdir() if path.is_dir()]
+    assert len(folders) == 1
+    (folders[0] / "images.npy").write_bytes(b"damaged")
+    plain = extract_features(few, encoders, tmp_path, "float32")
+    assert "grids" not in plain.arrays and plain.image_features.shape == rich.image_features.shape

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import mmkit
-from mmkit import FUSERS, MmkitError, MultimodalFeatureFuser, MultimodalGNN, PairedFeatures, permutation_gap
+from mmkit import FUSERS, HeteroGNN, MmkitError, MultimodalFeatureFuser, MultimodalGNN, PairedFeatures, permutation_gap
 from mmkit.baselines import RegularizedCCA, TwoTower
-from mmkit.fusers import GatedFuser, PairFuser, Standardize, unit_scale
+from mmkit.fusers import GatedFuser, PairFuser, Standardize, sum_of_relu, unit_scale
 
 IMAGE_DIM, TEXT_DIM = 12, 8
 
@@ -47,6 +47,11 @@ def small_two_tower(**changes: object) -> TwoTower:
     return randomised(TwoTower(IMAGE_DIM, TEXT_DIM, 16, **changes))
 
 
+def small_hetero_gnn(**changes: object) -> HeteroGNN:
+    torch.manual_seed(0)
+    return randomised(HeteroGNN(IMAGE_DIM, TEXT_DIM, 16, neighbours=3, **changes))
+
+
 def small_cca() -> RegularizedCCA:
     fuser = RegularizedCCA(IMAGE_DIM, TEXT_DIM, 6)
     images, texts = features(50, 50, seed=9)
@@ -54,8 +59,15 @@ def small_cca() -> RegularizedCCA:
     return fuser.eval()
 
 
-MAKERS = {"mlp": small_mlp, "gnn": small_gnn, "gated": small_gated, "two-tower": small_two_tower, "cca": small_cca}
-TWO_PATHS = ["mlp", "gnn", "gated"]
+MAKERS = {
+    "mlp": small_mlp,
+    "gnn": small_gnn,
+    "hetero-gnn": small_hetero_gnn,
+    "gated": small_gated,
+    "two-tower": small_two_tower,
+    "cca": small_cca,
+}
+TWO_PATHS = ["mlp", "gnn", "hetero-gnn", "gated"]
 
 
 def over(*names: str) -> pytest.MarkDecorator:
@@ -65,8 +77,9 @@ def over(*names: str) -> pytest.MarkDecorator:
 EVERY = over(*MAKERS)
 
 
-def test_every_fuser_that_has_a_name_is_tested_here():
-    assert {name: type(make()) for name, make in MAKERS.items()} == FUSERS
+def test_every_fuser_of_vectors_that_has_a_name_is_tested_here():
+    found = {name: type(make()) for name, make in MAKERS.items()}
+    assert found == {name: kind for name, kind in FUSERS.items() if not kind.takes_parts}
 
 
 # --- sizes ---------------------------------------------------------------------------------------
@@ -291,3 +304,36 @@ def test_a_loaded_fuser_keeps_its_dropout(make, tmp_path):
 def test_a_loaded_fuser_keeps_the_choice_not_to_normalise(tmp_path):
     small_mlp(normalize=False).save_pretrained(tmp_path)
     assert MultimodalFeatureFuser.from_pretrained(str(tmp_path)).normalize is False
+
+
+# --- one path alone ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paths", ["product", "concatenation"])
+def test_one_path_alone_is_half_of_both(paths):
+    both, alone = small_mlp(), small_mlp(paths=paths)
+    alone.load_state_dict({key: value for key, value in both.state_dict().items() if key != "match_head.weight"}, False)
+    half = slice(None, 16) if paths == "product" else slice(16, None)
+    images, texts = features(4, 4)
+    with torch.no_grad():
+        alone.match_head.weight.copy_(both.match_head.weight[:, half])
+        torch.testing.assert_close(alone(images, texts), both(images, texts)[:, half])
+        nodes = alone.nodes(images, texts)
+        pairs = torch.stack([alone.match(nodes[0], text.expand(4, -1)) for text in nodes[1]], dim=1)
+        torch.testing.assert_close(alone.score(images, texts), pairs, atol=1e-4, rtol=0)
+    assert alone.fused_dim == 16 and hasattr(alone, "concatenation") == (paths == "concatenation")
+
+
+def test_unknown_paths_and_a_gate_with_nothing_to_choose_are_refused():
+    with pytest.raises(MmkitError, match="both, product, concatenation"):
+        small_mlp(paths="sum")
+    with pytest.raises(MmkitError, match="two paths"):
+        small_gated(paths="product")
+
+
+@pytest.mark.parametrize("sign", [1, -1, 0])
+def test_the_sum_of_relu_holds_for_weights_of_one_sign_and_of_none(sign):
+    left, right = features(5, 7)[0], torch.randn(7, IMAGE_DIM, generator=torch.Generator().manual_seed(3))
+    weight = sign * torch.rand(IMAGE_DIM, generator=torch.Generator().manual_seed(4))
+    expected = torch.relu(left[:, None] + right) @ weight
+    torch.testing.assert_close(sum_of_relu(left, right, weight), expected, atol=1e-5, rtol=0)

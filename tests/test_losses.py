@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmkit import MmkitError, contrastive_loss, matching_loss
+from mmkit import MmkitError, contradiction_loss, contrastive_loss, matching_loss
 from mmkit.losses import MAX_TEMPERATURE, MIN_TEMPERATURE, sample_negatives
 
 
@@ -135,15 +136,25 @@ def test_matching_loss_of_one_kind_only_is_finite():
     assert matching_loss(torch.zeros(4), torch.zeros(4)).item() == pytest.approx(math.log(2) / 2)
 
 
+# --- contradictions ------------------------------------------------------------------------------
+
+
+def test_contradiction_loss_is_the_logistic_loss_of_the_difference():
+    true, false = random(6), random(6, seed=1)
+    expected = np.mean([math.log(1 + math.exp(f - t)) for t, f in zip(true.tolist(), false.tolist(), strict=True)])
+    assert contradiction_loss(true, false).item() == pytest.approx(expected, rel=1e-5)
+    assert contradiction_loss(true + 100, false + 100).item() == pytest.approx(expected, rel=1e-4)
+    assert contradiction_loss(true + 1, false) < contradiction_loss(true, false)
+
+
 # --- negatives -----------------------------------------------------------------------------------
 
 
 def test_negatives_are_never_of_the_same_image():
     owner = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])
-    images, texts = random(4, 5)[owner], random(8, 5, seed=1)
     torch.manual_seed(0)
     for _ in range(50):
-        image_rows, text_rows = sample_negatives(images, texts, owner)
+        image_rows, text_rows = sample_negatives(random(8, 8), owner)
         assert len(image_rows) == len(text_rows) == 4 * len(owner)
         assert (owner[image_rows] != owner[text_rows]).all()
 
@@ -151,16 +162,15 @@ def test_negatives_are_never_of_the_same_image():
 def test_each_pair_gets_two_captions_and_each_caption_two_images():
     owner = torch.arange(6)
     torch.manual_seed(0)
-    image_rows, text_rows = sample_negatives(random(6, 5), random(6, 5, seed=1), owner)
+    image_rows, text_rows = sample_negatives(random(6, 6), owner)
     assert image_rows[:12].tolist() == [*range(6), *range(6)]
     assert text_rows[12:].tolist() == [*range(6), *range(6)]
 
 
 def test_random_negatives_reach_all_others_and_hard_ones_the_similar():
-    images = torch.eye(4)
-    texts = torch.eye(4) + torch.eye(4).roll(1, 1)  # caption i is as near to image i as to image i + 1
+    similarity = torch.eye(4) + torch.eye(4).roll(1, 0)  # caption i is as near to image i as to image i + 1
     torch.manual_seed(0)
-    draws = [sample_negatives(images, texts, torch.arange(4)) for _ in range(100)]
+    draws = [sample_negatives(similarity, torch.arange(4)) for _ in range(100)]
     image_rows, text_rows = (torch.stack(part).view(100, 4, 4) for part in zip(*draws, strict=True))
     for i in range(4):
         others = set(range(4)) - {i}
@@ -170,16 +180,22 @@ def test_random_negatives_reach_all_others_and_hard_ones_the_similar():
     assert (image_rows[:, 3] == (torch.arange(4) + 1) % 4).float().mean() > 0.95
 
 
+def test_hardness_leads_from_even_draws_to_those_by_similarity():
+    similarity = torch.full((5, 5), 0.0)
+    similarity[:, 4] = similarity[4] = 0.14  # twice the temperature
+    torch.manual_seed(0)
+    for hardness in (0.0, 0.5, 1.0):
+        draws = [sample_negatives(similarity, torch.arange(5), hardness)[1][5:9] for _ in range(1000)]
+        found = (torch.cat(draws) == 4).double().mean().item()  # of the hard captions of the first four images
+        weight = math.exp(2 * hardness)
+        assert found == pytest.approx(weight / (weight + 3), abs=0.03)
+
+
 def test_there_are_no_negatives_if_all_pairs_share_an_image():
-    image_rows, text_rows = sample_negatives(random(3, 5), random(3, 5, seed=1), torch.zeros(3, dtype=torch.long))
+    image_rows, text_rows = sample_negatives(random(3, 3), torch.zeros(3, dtype=torch.long))
     assert len(image_rows) == len(text_rows) == 0
 
 
-def test_negatives_carry_no_gradient_and_do_not_depend_on_the_nodes_length():
-    images, texts, owner = random(5, 4).requires_grad_(), random(5, 4, seed=1), torch.arange(5)
-    torch.manual_seed(0)
-    first = sample_negatives(images, texts, owner)
-    torch.manual_seed(0)
-    second = sample_negatives(100 * images, texts / 100, owner)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert images.grad is None
+def test_negatives_carry_no_gradient():
+    similarity = random(5, 5).requires_grad_()
+    assert not any(rows.requires_grad for rows in sample_negatives(similarity, torch.arange(5)))

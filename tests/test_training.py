@@ -12,6 +12,7 @@ from torch import Tensor
 import mmkit
 from mmkit import (
     FUSERS,
+    FalseCaptions,
     History,
     MissingFile,
     MmkitError,
@@ -45,7 +46,7 @@ def one_thread():
 def learnable(
     images: int, seed: int, noise: float = 0.2, dims: tuple[int, int] = (IMAGE_DIM, TEXT_DIM), captions: int = CAPTIONS
 ) -> PairedFeatures:
-    """Images and captions that are two linear views of the same six hidden numbers, with some noise."""
+    """Images and captions, and parts of both, that are linear views of the same six hidden numbers, with some noise."""
     views = torch.Generator().manual_seed(123)
     to_image, to_text = (torch.randn(6, dim, generator=views) for dim in dims)
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +54,11 @@ def learnable(
     owner = torch.arange(images).repeat_interleave(captions)
     pictures = hidden @ to_image + noise * torch.randn(images, dims[0], generator=generator)
     texts = hidden[owner] @ to_text + noise * torch.randn(len(owner), dims[1], generator=generator)
-    return PairedFeatures.from_arrays(5 * pictures + 40, texts, owner)
+    cells, tokens = (
+        part[:, None] + noise * torch.randn(len(part), count, part.shape[1], generator=generator)
+        for part, count in ((pictures, 4), (texts, 3))
+    )
+    return PairedFeatures.from_arrays(5 * pictures + 40, texts, owner, 5 * cells + 40, tokens)
 
 
 def with_nan(features: PairedFeatures) -> PairedFeatures:
@@ -139,8 +144,8 @@ def test_a_fuser_that_leaks_the_index_is_caught_by_both_checks():
 def test_one_graph_for_both_modalities_is_caught_as_a_leak():
     class OneGraph(MultimodalGNN):
         def nodes(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-            image_nodes = self.image_graph(self.project_images(images), images)
-            return unit_scale(image_nodes), unit_scale(self.text_graph(self.project_texts(texts), images))
+            image_nodes = self.image_graph(self.project_images(images), images)[-1]
+            return unit_scale(image_nodes), unit_scale(self.text_graph(self.project_texts(texts), images)[-1])
 
     images, texts = (torch.randn(20, dim, generator=torch.Generator().manual_seed(0)) for dim in (10, 8))
     torch.manual_seed(0)
@@ -184,7 +189,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_gives_others(make):
 
 def test_build_fuser_draws_the_weights_from_the_profiles_seed():
     for name, kind in FUSERS.items():
-        profile = mmkit.profile("mini", fusion_dim=32, hidden_dim=32, heads=4)
+        profile = mmkit.profile("mini", fusion_dim=32, hidden_dim=32, part_dim=32, heads=4)
         first, second, other = (mmkit.build_fuser(name, mmkit.profile("mini", seed=s), 24, 16) for s in (1, 1, 2))
         assert equal(first.state_dict(), second.state_dict())
         small = mmkit.build_fuser(name, profile, 24, 16)
@@ -205,7 +210,10 @@ def test_fit_profile_passes_every_setting_of_the_profile(monkeypatch):
     chosen = {"epochs": 3, "batch_size": 7, "learning_rate": 0.5, "weight_decay": 0.25, "seed": 9}
     chosen |= {"contrastive_weight": 2.0, "matching_weight": 3.0, "patience": 4}
     fit_profile(small_mlp(), learnable(10, 0), learnable(5, 1), mmkit.profile("mini", **chosen), Path("kept.state"))
-    assert given == chosen | {"state": Path("kept.state")}
+    assert given == chosen | {"state": Path("kept.state"), "false": None}
+    parts = mmkit.RegionWordGNN(IMAGE_DIM, TEXT_DIM, 8)
+    fit_profile(parts, learnable(10, 0), learnable(5, 1), mmkit.profile("mini", part_batch_size=11, **chosen))
+    assert given["batch_size"] == 11
 
 
 # --- what stops a run ----------------------------------------------------------------------------
@@ -337,12 +345,29 @@ def test_a_batch_holds_each_image_once_and_owners_lead_each_caption_to_its_image
     batches = PairBatches(PairedFeatures.from_arrays(images, captions, owner))
     assert len(batches) == 9
     for indices in ([0, 5, 8], [6, 1, 2, 7], [3], list(range(8, -1, -1))):
-        found_images, found_texts, rows = batches.__getitems__(indices)
+        found_images, found_texts, rows, denied = batches.__getitems__(indices)
         assert found_texts.flatten().tolist() == indices
         assert found_images[rows].flatten().tolist() == [owner[j] for j in indices]
-        assert len(found_images) == len({owner[j] for j in indices})
+        assert len(found_images) == len({owner[j] for j in indices}) and not len(denied)
     single = batches[6]
-    assert [part.tolist() for part in single] == [[[2.0]], [[6.0]], [0]]
+    assert [part.tolist() for part in single] == [[[2.0]], [[6.0]], [0], []]
+
+
+def test_each_image_of_a_batch_brings_one_of_its_false_captions():
+    images, captions = torch.arange(5.0)[:, None], torch.arange(9.0)[:, None]
+    features = PairedFeatures.from_arrays(images, captions, [3, 0, 0, 4, 1, 3, 2, 2, 3])
+    false_owner = [4, 0, 3, 0, 0, 3]
+    false = PairedFeatures.from_arrays(images, 100 + torch.arange(6.0)[:, None], false_owner)
+    true = torch.tensor([3, 2, 0, 1, 1, 8])
+    batches, seen = PairBatches(features, FalseCaptions(false, true)), set()
+    for _ in range(100):
+        batch = batches.__getitems__([5, 1, 2, 7])  # images 3, 0, 2, of which the last has no false caption
+        assert batch.texts[:4].flatten().tolist() == [5, 1, 2, 7]
+        drawn = (batch.texts[4:6].flatten() - 100).long().tolist()
+        assert batch.texts[6:].flatten().long().tolist() == true[drawn].tolist()
+        assert [false_owner[row] for row in drawn] == batch.images[batch.denied].flatten().tolist() == [0, 3]
+        seen |= set(drawn)
+    assert seen == {1, 2, 3, 4, 5}
 
 
 @BOTH
