@@ -6,7 +6,8 @@ import re
 from typing import TYPE_CHECKING
 
 from .data import CaptionDataset
-from .plots import pictures_figure, show
+from .galleries import pictures_figure
+from .plots import show
 
 if TYPE_CHECKING:
     from ipywidgets import Widget

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -15,7 +14,6 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from .data import CaptionDataset
 from .evaluation import Retrieval
 from .training import History
 
@@ -69,44 +67,6 @@ def show(fig: Figure, alt: str, live: Mapping[str, object] | None = None) -> Non
         return
     words = f"<details><summary>Figure in words</summary>{html.escape(alt)}</details>"
     display({"text/html": words, "text/plain": alt}, raw=True)
-
-
-def _picture(axis, image: Image.Image | np.ndarray, title: str = "", width: int = 30, colour: str = "black") -> None:
-    axis.imshow(np.asarray(image))
-    axis.set_xticks([])
-    axis.set_yticks([])
-    for spine in axis.spines.values():
-        spine.set_visible(colour != "black")
-        spine.set(color=colour, linewidth=4)
-    axis.set_title(textwrap.fill(title, width), fontsize=8.5, fontweight="normal", loc="left", color=colour)
-
-
-def pictures_figure(images: Sequence[Image.Image], titles: Sequence[str], columns: int = 4, title: str = "") -> Figure:
-    """Pictures in a grid, each under its title."""
-    cell, columns = 9 / columns, min(columns, len(images))  # inches
-    rows = -(-len(images) // columns)
-    fig, axes = figure(cell * columns, rows * cell * 0.95 + 0.4, rows, columns)
-    for axis in axes[len(images) :]:
-        axis.axis("off")
-    for axis, image, words in zip(axes, images, titles, strict=False):
-        _picture(axis, image, words, width=round(12 * cell))
-    fig.suptitle(title, fontweight="bold", fontsize=11)
-    return fig
-
-
-def show_images(
-    images: Sequence[Image.Image], titles: Sequence[str], alt: str, columns: int = 4, title: str = ""
-) -> None:
-    """Show pictures in a grid, each under its title."""
-    show(pictures_figure(images, titles, columns, title), alt)
-
-
-def show_pairs(dataset: CaptionDataset, indices: Sequence[int], caption: int = 0, columns: int = 4) -> None:
-    """Images of a dataset, each with one of its captions (the `caption`-th) above it."""
-    texts = [dataset.captions_of(i)[caption] for i in indices]
-    title = "Images and one caption of each" if len(texts) > 1 else ""
-    alt = "Images with their captions: " + " ".join(texts)
-    show_images([dataset.image(i) for i in indices], texts, alt, columns, title)
 
 
 def plot_history(history: History, title: str = "Training") -> None:
@@ -239,19 +199,21 @@ def plot_recalls(reports: Mapping[str, Retrieval], title: str = "Retrieval") -> 
 
 
 def plot_lines(
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, xlabel: str, ylabel: str, log: str = ""
+    lines: Mapping[str, tuple[Sequence[float], ...]], title: str, xlabel: str, ylabel: str, log: str = ""
 ) -> None:
-    """Curves by name, each `(xs, ys)`, told apart by colour, marker and dash; `log` may name "x", "y" or "xy"."""
+    """Curves by name, each `(xs, ys)` or `(xs, ys, errors)`, told apart by colour, marker and dash; errors are drawn as
+    bars of that length to either side. `log` may name "x", "y" or "xy"."""
     fig, (axis,) = figure(6.5, 3.2)
-    for (name, (xs, ys)), colour, marker, dash in zip(
+    for (name, (xs, ys, *errors)), colour, marker, dash in zip(
         lines.items(), COLOURS, "os^Dvx", ("-", "--", "-.", ":", "-", "--"), strict=False
     ):
-        axis.plot(xs, ys, color=colour, marker=marker, linestyle=dash, markersize=4, label=name)
+        look = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 4}
+        axis.errorbar(xs, ys, *errors, capsize=3, elinewidth=1.2, label=name, **look)
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
     for direction in log:
         getattr(axis, f"set_{direction}scale")("log")
     axis.legend()
-    facts = "; ".join(f"{name} goes from {ys[0]:.3g} to {ys[-1]:.3g}" for name, (_, ys) in lines.items())
+    facts = "; ".join(f"{name} goes from {ys[0]:.3g} to {ys[-1]:.3g}" for name, (_, ys, *_) in lines.items())
     show(fig, f"Line chart. {title}. {facts}.")
 
 
@@ -301,54 +263,6 @@ def plot_tokens(pieces: Sequence[Sequence[str]], mask: Tensor, title: str = "Cap
     axis.set_xticks([c + 0.48 for c in range(columns)], [str(c) for c in range(columns)])
     real = int(mask.sum())
     show(fig, f"{title}: {rows} rows of {columns} positions; {real} hold word pieces, {mask.numel() - real} padding.")
-
-
-def show_graph(
-    images: Sequence[Image.Image], captions: Sequence[str], edges: Sequence[tuple[int, int, float]], title: str
-) -> None:
-    """A bipartite graph: images left, captions right, edges `(image, caption, weight)` whose width is their weight.
-
-    Edges to an image's own caption (same position) are green and solid, the others grey and dashed.
-    """
-    fig, (axis,) = figure(9, 0.95 * max(len(images), len(captions)))
-    for image, caption, weight in edges:
-        own = image == caption
-        axis.plot(
-            [1.05, 3.0],
-            [-image, -caption],
-            color=GREEN if own else GREY,
-            linestyle="-" if own else "--",
-            linewidth=0.5 + 3 * max(0.0, weight),
-            alpha=0.85,
-            zorder=1,
-        )
-    for row, picture in enumerate(images):
-        width = 0.55 * picture.width / picture.height  # of 6.45 units in 9 inches, to keep the aspect
-        axis.imshow(np.asarray(picture), extent=(1 - width, 1, -row - 0.42, -row + 0.42), aspect="auto", zorder=2)
-    for row, text in enumerate(captions):
-        axis.text(3.05, -row, textwrap.fill(text, 52), va="center", fontsize=9)
-    axis.set(xlim=(-0.05, 6.4), ylim=(-max(len(images), len(captions)) + 0.45, 0.55), title=title)
-    axis.axis("off")
-    own = sum(image == caption for image, caption, _ in edges)
-    sizes = f"{len(images)} images and {len(captions)} captions joined by {len(edges)} edges"
-    show(fig, f"{title}. {sizes}, {own} of them to the image's own caption.")
-
-
-def show_retrieval(
-    dataset: CaptionDataset, scores: Tensor, captions: Sequence[int], k: int = 4, title: str = "Text → image"
-) -> None:
-    """For some captions of `dataset` the `k` images of highest score `(N, M)`; the true one has a green frame."""
-    fig, axes = figure(9, 2.25 * len(captions), len(captions), k, squeeze=False)
-    right = 0
-    for row, caption in enumerate(captions):
-        best = scores[:, caption].topk(k).indices.tolist()
-        for rank, image in enumerate(best):
-            own = image == dataset.caption_image[caption]
-            right += own and rank == 0
-            words = dataset.captions[caption] if rank == 0 else f"rank {rank + 1}"
-            _picture(axes[row * k + rank], dataset.image(image), words, 30, GREEN if own else GREY)
-    fig.suptitle(f"{title}: best {k} images of a caption (green frame: its own image)", fontweight="bold", fontsize=11)
-    show(fig, f"{title}: {len(captions)} captions with their {k} best images; the first is right for {right} of them.")
 
 
 def principal_plane(points: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,15 @@ class MultimodalPreprocessor:
         """A Pillow image or a picture file → float tensor `(3, H, W)`."""
         return self.transform(to_rgb(image) if isinstance(image, Image.Image) else open_image(image))
 
+    def seen(self, image: Image.Image | str | Path) -> Image.Image:
+        """The picture as the encoder sees it: resized and cropped, in its own colours."""
+        pixels = self.preprocess_image(image)
+        for step in getattr(self.transform, "transforms", ()):
+            if hasattr(step, "mean") and hasattr(step, "std"):
+                mean, std = (torch.as_tensor(value).view(-1, 1, 1) for value in (step.mean, step.std))
+                pixels = pixels * std + mean
+        return v2.functional.to_pil_image(pixels.clamp(0, 1))
+
     def preprocess_text(self, text: str | Sequence[str]) -> dict[str, Tensor]:
         """One caption or `B` → `input_ids` and `attention_mask`, both int64 `(B, T)`; the mask is 0 on padding."""
         batch = self.tokenizer(

@@ -13,7 +13,8 @@ from PIL import Image
 from mmkit import browse
 from mmkit.browser import _LIVE, _widget, matching_images
 from mmkit.course import execute
-from mmkit.plots import pictures_figure, show
+from mmkit.galleries import pictures_figure
+from mmkit.plots import show
 
 
 @pytest.fixture
