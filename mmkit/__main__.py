@@ -110,11 +110,14 @@ def encoders(arguments: argparse.Namespace) -> int:
 
 
 def train(arguments: argparse.Namespace) -> int:
+    from accelerate import PartialState
+
     from mmkit.checkpoints import check_free_for_checkpoint
 
     profile = _settings(arguments)
     check_free_for_checkpoint(arguments.out)
     changes = {name: getattr(arguments, name) for name in ("epochs", "seed") if getattr(arguments, name) is not None}
+    changes |= {"part_epochs": arguments.epochs} if arguments.epochs is not None else {}
     profile = replace(profile, **changes)
     dataset, encoders, store = _load(profile, **_needs(mmkit.FUSERS[arguments.fuser]))
     parts = {name: _split(profile, dataset, store, name) for name in ("train", "val")}
@@ -124,6 +127,8 @@ def train(arguments: argparse.Namespace) -> int:
     fuser = mmkit.build_fuser(arguments.fuser, profile, *parts["train"].dims)
     state = arguments.out.with_name(f"{arguments.out.name}.state")  # the same command goes on from here
     history = mmkit.fit_profile(fuser, parts["train"], parts["val"], profile, state, false)
+    if not PartialState().is_main_process:  # of the processes of torchrun or accelerate launch
+        return 0
     thresholds = mmkit.choose_thresholds(fuser, parts["val"], profile.seed)
     mmkit.save_checkpoint(arguments.out, fuser, arguments.fuser, profile, thresholds, history, _weights(encoders))
     state.unlink(missing_ok=True)

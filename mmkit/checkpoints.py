@@ -34,7 +34,8 @@ def save_checkpoint(
     """Write `model.safetensors`, `config.json` and `training.json` into `folder`, whole or not at all.
 
     `thresholds` are the match logits chosen on the validation split, per kind of negatives; `weights` the digests
-    of the encoders. An earlier checkpoint of that name is replaced; any other folder is left alone.
+    of the encoders. An earlier checkpoint of that name is replaced; any other folder is left alone. On a full disk the
+    earlier one stays, and the error says so.
     """
     folder = Path(folder)
     check_free_for_checkpoint(folder)
@@ -59,6 +60,11 @@ def save_checkpoint(
             shutil.rmtree(old)
         else:
             beside.replace(folder)
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        raise MmkitError(
+            f"The checkpoint cannot be written to {folder} ({error}); what was there is kept. "
+            "Remedy: free space on its disk."
+        ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder

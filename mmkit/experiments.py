@@ -1,4 +1,4 @@
-"""Experiments over several seeds: what is compared, on which data, and the runs that `make results` takes."""
+"""The runs that `make results` takes: each kept as soon as it is finished, with all that it depends on."""
 
 import ast
 import functools
@@ -7,25 +7,26 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
 
 from .data import CaptionDataset, DiagnosticNegatives, load_dataset
 from .encoders import Encoders
 from .errors import MmkitError
 from .evaluation import NEGATIVES, choose_thresholds, matching_report, retrieval_report
 from .extraction import extract_features
-from .features import FeatureStore, PairedFeatures
+from .features import FalseCaptions, FeatureStore, PairedFeatures
 from .fusers import PairFuser
+from .hubness import HubnessCorrected
 from .metrics import CUTS, DIRECTIONS
 from .profiles import Profile, profile
-from .protocols import diagnostic_pairs, diagnostic_report, subset
+from .protocols import diagnostic_pairs, diagnostic_report, false_captions, subset
+from .questions import EXPERIMENTS, Experiment, Variant
 from .results import FOLDER, Results, Run, read_results, results_section, with_section, write_results, write_whole
 from .scenes import SCENES_VERSION
 from .training import FUSERS, build_fuser, fit_profile
@@ -35,105 +36,18 @@ _PROFILES = {"scenes": "mini", "photos": "photos"}
 _NEGATIVES_SEED = 0  # one for all runs: variants and seeds are judged on the same pairs
 _PACKAGES = ("mmkit", "torch", "transformers", "timm", "torch-geometric")
 # Modules that no figure depends on.
-_OTHER_CODE = {"__init__", "__main__", "browser", "check", "checkpoints", "course", "download", "plots", "results"}
-_MATCHING = ("accuracy.random", "accuracy.hard")
-_RECALLS = ("image_to_text.r1", "text_to_image.r1", "rsum")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One of the things compared: a name of `FUSERS`, changes of the profile, and, for the MLP fusers, arguments of
-    their class."""
-
-    fuser: str = "mlp"
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-    def build(self, settings: Profile, dims: tuple[int, int]) -> PairFuser:
-        """The fuser for features of the sizes `dims`, its weights drawn from the profile's seed."""
-        if not self.arguments:
-            return build_fuser(self.fuser, settings, *dims)
-        set_seed(settings.seed)
-        dropouts = settings.dropout, settings.feature_dropout
-        return FUSERS[self.fuser](*dims, settings.fusion_dim, *dropouts, **self.arguments)
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A question, and the runs that answer it: every one of the `variants` with every seed from 0 to `seeds` - 1.
-
-    `data` is "scenes" or "photos" and names the profile, which `settings` change for all variants. With `unseen` so
-    many images are the test split, and a tenth of the rest validates. `reference`, `columns` and `compared` are those
-    of `Results`.
-    """
-
-    name: str
-    question: str
-    data: str
-    variants: Mapping[str, Variant]
-    reference: str
-    columns: tuple[str, ...] = (*_MATCHING, *_RECALLS)
-    compared: str = "rsum"
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    unseen: int = 0
-    seeds: int = 5
-
-
-_EVERY = {name: Variant(name) for name in FUSERS}
-_BINDING = ("diagnostic.relation", "diagnostic.roles", "new.text_to_image.r1")
-
-EXPERIMENTS: dict[str, Experiment] = {
-    experiment.name: experiment
-    for experiment in (
-        Experiment(
-            "fusers-scenes",
-            "Which fuser is best on drawn scenes, which of them know who stands where, and what does each cost?",
-            "scenes",
-            _EVERY,
-            "mlp",
-            (*_MATCHING, "rsum", *_BINDING, "training_time"),
-        ),
-        Experiment(
-            "fusers-photos",
-            "Does that hold on photos?",
-            "photos",
-            _EVERY,
-            "mlp",
-            (*_MATCHING, *_RECALLS, "training_time"),
-        ),
-        Experiment(
-            "paths",
-            "What is each of the MLP fuser's two paths good for?",
-            "scenes",
-            {
-                "product only": Variant(arguments={"paths": "product"}),
-                "concatenation only": Variant(arguments={"paths": "concatenation"}),
-                "both": Variant(),
-            },
-            "both",
-            (*_MATCHING, *_RECALLS, "training_time"),
-        ),
-        Experiment(
-            "losses",
-            "What does each of the two losses teach the MLP fuser?",
-            "scenes",
-            {
-                "contrastive only": Variant(settings={"matching_weight": 0.0}),
-                "matching only": Variant(settings={"contrastive_weight": 0.0}),
-                "both": Variant(),
-            },
-            "both",
-        ),
-        Experiment(
-            "unseen-1000",
-            "How well do small heads match 1,000 photos that they have not seen?",
-            "photos",
-            {name: Variant(name) for name in ("mlp", "gated", "two-tower", "cca")},
-            "mlp",
-            compared="accuracy.random",
-            unseen=1000,
-        ),
-    )
+_OTHER_CODE = {
+    "__init__",
+    "__main__",
+    "browser",
+    "check",
+    "checkpoints",
+    "course",
+    "download",
+    "galleries",
+    "plots",
+    "questions",
+    "results",
 }
 
 
@@ -142,12 +56,14 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 @dataclass(frozen=True, eq=False)
 class _Material:
-    """The profile of an experiment, the features of each split, and the false captions of the test images."""
+    """The profile of an experiment, the features of each split, the false captions of the test images, and those of
+    the training images by the facts that a variant learns from."""
 
     profile: Profile
     made_from: dict[str, Any]
     splits: dict[str, PairedFeatures]
     changed: dict[str, tuple[DiagnosticNegatives, PairedFeatures]]
+    false: dict[tuple[str, ...], FalseCaptions]
 
 
 _Loaded = tuple[CaptionDataset, Encoders, FeatureStore]
@@ -176,7 +92,11 @@ def _material(experiment: Experiment, settings: Profile, load: Callable[[Profile
     changed = {}
     if dataset.scenes:
         changed = diagnostic_pairs(dataset, splits["test"], encoders, precision=settings.precision)
-    return _Material(settings, store.manifest, splits, changed)
+    false = {
+        facts: false_captions(dataset, splits["train"], encoders, facts, precision=settings.precision)
+        for facts in {variant.false for variant in experiment.variants.values()} - {()}
+    }
+    return _Material(settings, store.manifest, splits, changed, false)
 
 
 def _machine() -> str:
@@ -260,12 +180,15 @@ def _run(variant: Variant, seed: int, material: _Material) -> tuple[float, dict[
     """Train and judge once: the seconds of training, and the figures."""
     settings = replace(material.profile, **variant.settings, seed=seed)
     train, val = material.splits["train"], material.splits["val"]
-    fuser = variant.build(settings, train.dims)
+    fuser = build_fuser(variant.fuser, settings, *train.dims, **variant.arguments)
     # processor time, since other programs on the machine do not add to it; it does not see a GPU's work
     clock = time.perf_counter if torch.accelerator.is_available() else time.process_time
     start = clock()
-    fit_profile(fuser, train, val, settings)
-    return clock() - start, _measure(fuser, material)
+    fit_profile(fuser, train, val, settings, false=material.false.get(variant.false))
+    seconds = clock() - start
+    if variant.corrected:
+        fuser = HubnessCorrected(fuser, variant.corrected)
+    return seconds, _measure(fuser, material)
 
 
 def _kept(path: Path, fresh: Results) -> Results:
@@ -307,11 +230,11 @@ def run_experiment(
         **{key: getattr(experiment, key) for key in ("name", "question", "reference", "columns", "compared")},
         command=f"python -m mmkit results --only {experiment.name}",
         conditions=_conditions(material),
-        variants={name: asdict(variant) for name, variant in experiment.variants.items()},
+        variants=json.loads(json.dumps({name: asdict(variant) for name, variant in experiment.variants.items()})),
     )
     results = _kept(path, fresh)
     done, names = {(run.variant, run.seed) for run in results.runs}, list(experiment.variants)
-    todo = [(name, seed) for seed in range(seeds) for name in names if (name, seed) not in done]
+    todo = [run for run in experiment.runs(seeds) if run not in done]
     print(f"{experiment.name}: {len(todo)} runs to take, {len(done)} taken before", flush=True)
     for name, seed in todo:
         start = time.perf_counter()

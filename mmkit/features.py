@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .errors import MmkitError
 
+_LARGE = 2**28  # bytes; pages of larger maps are given back after each read
 Rows = Sequence[int] | np.ndarray | Tensor | slice
 # Array → what it holds, for N images, M captions, C grid cells and T tokens of all distinct captions together.
 ARRAYS = {
@@ -32,7 +34,12 @@ def _at(table: np.ndarray, rows: Rows) -> np.ndarray:
 
 
 def _float32(source: np.ndarray, rows: np.ndarray) -> Tensor:
-    return torch.from_numpy(source[rows].astype(np.float32))
+    values = torch.from_numpy(source[rows]).float()  # twice as fast as numpy's astype
+    if source.nbytes > _LARGE and isinstance(source.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):  # not Windows
+        source.base.madvise(
+            mmap.MADV_DONTNEED
+        )  # what was read stays in the system's cache, not in this process's memory
+    return values
 
 
 def cat_parts(blocks: Sequence[Tensor]) -> Tensor:

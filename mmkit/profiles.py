@@ -36,7 +36,8 @@ class Profile:
 
     `skip_missing` leaves out images whose picture file is not there, which otherwise is an error;
     `max_tokens` counts word pieces with [CLS] and [SEP]; fractions are of images; `neighbours`
-    is k of the k-nearest-neighbour graph; `learning_rate` is AdamW's peak; training ends after `patience`
+    is k of the k-nearest-neighbour graph; the settings that begin with `part_` are those of fusers that take an item's
+    parts, whose steps cost more; `learning_rate` is AdamW's peak; training ends after `patience`
     epochs without a lower validation loss, where that is not 0.
     """
 
@@ -66,6 +67,8 @@ class Profile:
     epochs: int = 12
     batch_size: int = 512
     part_batch_size: int = 64
+    part_epochs: int = 6
+    part_learning_rate: float = 1e-3
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
     contrastive_weight: float = 1.0

@@ -1,5 +1,7 @@
 """Retrieval in two steps: a cheap score chooses a few candidates of each query, the fuser's own ranks those."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -25,25 +27,45 @@ def shortlist_ranks(
 
     Of each query the `size` candidates of the largest `fuser.shortlist_scores` are ranked by their match logits; all
     others come after them, by the cheap score. So a true match that the shortlist lacks keeps its cheap rank, and the
-    result is exact for `size` of the whole pool. Ties are resolved against the model.
+    result is exact for `size` of the whole pool. Ties are resolved against the model. A pair that is a candidate both
+    ways is scored once.
     """
     if size < 1:
         raise MmkitError(f"A shortlist of {size} candidates; it takes at least one.")
-    everything = torch.arange(len(owner), device=owner.device)
-    image_ranks, caption_ranks = [], []
-    for captions in everything.split(max(1, _BLOCK // max(1, len(image_nodes)))):
-        cheap = fuser.shortlist_scores(image_nodes, text_nodes[captions]).T
-        true = owner[captions, None] == torch.arange(len(image_nodes), device=owner.device)
-        candidates = cheap.topk(min(size, len(image_nodes)), dim=1).indices
-        texts = captions.repeat_interleave(candidates.shape[1])
-        logits = pair_logits(fuser, image_nodes, text_nodes, candidates.flatten(), texts)
-        caption_ranks.append(_ranks(cheap, true, candidates, logits.view(candidates.shape)))
-    for images in torch.arange(len(image_nodes), device=owner.device).split(max(1, _BLOCK // max(1, len(owner)))):
-        cheap = fuser.shortlist_scores(image_nodes[images], text_nodes)
-        candidates = cheap.topk(min(size, len(owner)), dim=1).indices
-        rows = images.repeat_interleave(candidates.shape[1])
-        logits = pair_logits(fuser, image_nodes, text_nodes, rows, candidates.flatten())
-        image_ranks.append(_ranks(cheap, owner == images[:, None], candidates, logits.view(candidates.shape)))
+    images, captions = len(image_nodes), len(owner)
+    rows, columns = (torch.arange(count, device=owner.device) for count in (images, captions))
+    by_image, by_caption = rows.split(max(1, _BLOCK // max(1, captions))), columns.split(max(1, _BLOCK // images))
+
+    def of_images(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        return fuser.shortlist_scores(image_nodes[chosen], text_nodes), owner == chosen[:, None]
+
+    def of_captions(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        return fuser.shortlist_scores(image_nodes, text_nodes[chosen]).T, owner[chosen, None] == rows
+
+    captions_of = torch.cat([of_images(chosen)[0].topk(min(size, captions), dim=1).indices for chosen in by_image])
+    images_of = torch.cat([of_captions(chosen)[0].topk(min(size, images), dim=1).indices for chosen in by_caption])
+    keys = torch.cat(
+        [(rows[:, None] * captions + captions_of).flatten(), (images_of * captions + columns[:, None]).flatten()]
+    )
+    keys = keys.unique()
+    bounds = [*torch.searchsorted(keys, rows * captions).tolist(), len(keys)]
+    candidates = [keys[first:last] % captions for first, last in pairwise(bounds)]
+    # an image with all its candidates at once: its node is read once, and a fuser's own way to score all pairs serves
+    logits = torch.cat(
+        [fuser.score_nodes(image_nodes[row, None], text_nodes[chosen])[0] for row, chosen in enumerate(candidates)]
+    )
+
+    def refined(pairs: Tensor) -> Tensor:
+        return logits[torch.searchsorted(keys, pairs)]
+
+    image_ranks = [
+        _ranks(*of_images(chosen), captions_of[chosen], refined(chosen[:, None] * captions + captions_of[chosen]))
+        for chosen in by_image
+    ]
+    caption_ranks = [
+        _ranks(*of_captions(chosen), images_of[chosen], refined(images_of[chosen] * captions + chosen[:, None]))
+        for chosen in by_caption
+    ]
     return torch.cat(image_ranks), torch.cat(caption_ranks)
 
 

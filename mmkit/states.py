@@ -27,11 +27,11 @@ def save_state(path: Path, modules: dict[str, Tensors], optimizer: dict, facts: 
     try:
         save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, beside, metadata)
         beside.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         beside.unlink(missing_ok=True)
         raise MmkitError(
-            f"The state of the training cannot be written to {path} ({error.strerror or error}); the last one is kept. "
-            "Remedy: free space on its disk."
+            f"The state of the training cannot be written to {path} ({error}); the last one is kept. "
+            "Remedy: free space on its disk, and run the same again: it goes on from there."
         ) from None
 
 

@@ -3,23 +3,23 @@
 import copy
 import json
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from .baselines import RegularizedCCA, TwoTower
+from .batches import ALONE, Batch, Order, PairBatches, Share, epoch_seed
 from .errors import MmkitError
-from .features import FalseCaptions, PairedFeatures, cat_parts
+from .features import FalseCaptions, PairedFeatures
 from .fusers import GatedFuser, MultimodalFeatureFuser, PairFuser
 from .graphs import HeteroGNN, MultimodalGNN
 from .losses import contradiction_loss, info_nce, matching_loss, sample_negatives
@@ -40,26 +40,28 @@ FUSERS: dict[str, type[PairFuser]] = {
 }
 
 
-def build_fuser(name: str, profile: Profile, image_dim: int, text_dim: int) -> PairFuser:
-    """The fuser called `name` with the profile's sizes, its weights drawn from the profile's seed."""
+def build_fuser(name: str, profile: Profile, image_dim: int, text_dim: int, **arguments: object) -> PairFuser:
+    """The fuser called `name` with the profile's sizes, its weights drawn from the profile's seed.
+
+    Further `arguments` are those of its class, such as `paths="product"` of "mlp" or `edges="mutual"` of "gnn".
+    """
     if name not in FUSERS:
         raise MmkitError(f"No fuser {name!r}. Valid names: {', '.join(FUSERS)}")
     set_seed(profile.seed)
-    sizes = (image_dim, text_dim, profile.hidden_dim if "gnn" in name else profile.fusion_dim)
+    kind = FUSERS[name]
     dropouts = {"dropout": profile.dropout, "feature_dropout": profile.feature_dropout}
-    if name == "gnn":
-        return MultimodalGNN(*sizes, profile.heads, profile.layers, profile.neighbours, **dropouts)
-    if name == "hetero-gnn":
-        return HeteroGNN(*sizes, profile.layers, profile.neighbours, **dropouts)
-    if name == "two-tower":
-        return TwoTower(*sizes, profile.feature_dropout)
-    if name == "cca":
-        return RegularizedCCA(*sizes)
-    if name == "cross-attention":
-        return CrossAttentionFuser(*sizes[:2], profile.part_dim, profile.heads, **dropouts)
-    if name == "region-word":
-        return RegionWordGNN(*sizes[:2], profile.part_dim, profile.layers, profile.neighbours, **dropouts)
-    return FUSERS[name](*sizes, **dropouts)
+    graph = {"layers": profile.layers, "neighbours": profile.neighbours}
+    settings: dict[str, object] = {
+        "mlp": {"fusion_dim": profile.fusion_dim} | dropouts,
+        "gated": {"fusion_dim": profile.fusion_dim} | dropouts,
+        "gnn": {"hidden_dim": profile.hidden_dim, "heads": profile.heads} | graph | dropouts,
+        "hetero-gnn": {"hidden_dim": profile.hidden_dim} | graph | dropouts,
+        "two-tower": {"width": profile.fusion_dim, "feature_dropout": profile.feature_dropout},
+        "cca": {"width": profile.fusion_dim},
+        "cross-attention": {"width": profile.part_dim, "heads": profile.heads} | dropouts,
+        "region-word": {"width": profile.part_dim} | graph | dropouts,
+    }[name]
+    return kind(image_dim, text_dim, **(settings | arguments))
 
 
 def fit_profile(
@@ -83,92 +85,55 @@ def fit_profile(
     names = ("epochs", "batch_size", "learning_rate", "weight_decay", "contrastive_weight", "matching_weight")
     settings = {name: getattr(profile, name) for name in (*names, "patience", "seed")}
     if fuser.takes_parts:
-        settings["batch_size"] = profile.part_batch_size
+        settings |= {name: getattr(profile, f"part_{name}") for name in ("batch_size", "epochs", "learning_rate")}
     return fit(fuser, train, validation, **settings, state=state, false=false)
 
 
-class Batch(NamedTuple):
-    """`images` `(U, image_dim)`, each image once; `texts` `(B + 2·F, text_dim)`: B captions, F false ones, and the F
-    true ones that those were made from; `owner` `(B,)`, the row in `images` of each caption's image, and `denied`
-    `(F,)`, that of each false caption's. Images and texts are stacks where the fuser takes parts.
+class _PairLosses(nn.Module):
+    """The losses of a batch, as one module, so that an engine can wrap the whole computation.
+
+    Where processes `share` the batch, each computes the nodes of its own images and texts, gathers the others', and
+    matches the pairs of its own captions. The contrastive loss and the draws of negatives are those of the whole
+    batch on every process; the other losses are the same after a mean over the processes.
     """
 
-    images: Tensor
-    texts: Tensor
-    owner: Tensor
-    denied: Tensor
-
-
-class PairBatches(Dataset):
-    """One item per caption, read a whole batch at a time; each image of a batch brings one of its `false` captions,
-    drawn evenly, if it has any."""
-
-    def __init__(self, features: PairedFeatures, false: FalseCaptions | None = None) -> None:
-        self.features, self.false = features, false
-        if false is not None:
-            owner = false.features.owner
-            self.by_image = owner.argsort(stable=True)
-            self.count = owner.bincount(minlength=len(features.image_rows))
-            self.first = self.count.cumsum(0) - self.count
-
-    def __len__(self) -> int:
-        return len(self.features.owner)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        images, owner = self.features.owner[list(indices)].unique(return_inverse=True)
-        texts, denied = self.features.captions(indices), owner[:0]
-        if self.false is not None:
-            denied = self.count[images].nonzero().flatten()
-            chosen = self.first[images] + (torch.rand(len(images)) * self.count[images]).long()
-            chosen = self.by_image[chosen[denied]]
-            true = self.features.captions(self.false.captions[chosen])
-            texts = cat_parts([texts, self.false.features.captions(chosen), true])
-        return Batch(self.features.images(images), texts, owner, denied)
-
-
-class _Order(Sampler[int]):
-    """The captions of an epoch in an order that depends on the seed and the epoch alone, so that it can be resumed."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed, self.epoch = count, seed, 0
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(_epoch_seed(self.seed, self.epoch))
-        return iter(torch.randperm(self.count, generator=generator).tolist())
-
-
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return seed * 100_003 + epoch
-
-
-class _PairLosses(nn.Module):
-    """The losses of a batch, as one module, so that an engine can wrap the whole computation."""
-
-    def __init__(self, fuser: PairFuser) -> None:
+    def __init__(self, fuser: PairFuser, share: Share = ALONE) -> None:
         super().__init__()
-        self.fuser = fuser
+        self.fuser, self.share, self.split = fuser, share, _node_share(fuser, share)
 
     def forward(self, batch: Batch, hardness: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        count, owner = len(batch.owner), batch.owner
-        image_nodes, text_nodes = self.fuser.nodes(batch.images, batch.texts)
+        count, owner, denied = len(batch.owner), batch.owner, batch.denied
+        with self.share.own_randomness():
+            own_nodes, text_nodes = self.fuser.nodes(batch.images, batch.texts)
+        count_images = len(own_nodes) if self.split.count == 1 else int(owner.max()) + 1
+        image_nodes = self.split.gather(own_nodes, count_images)
+        text_nodes = self.split.gather(text_nodes, count + 2 * len(denied))
+        similarity = self.split.gather(self.fuser.similarities(own_nodes, text_nodes[:count]), count_images)
         # index_select's backward, unlike indexing's, adds in a fixed order
-        similarity = self.fuser.similarities(image_nodes, text_nodes[:count]).index_select(0, owner)
+        similarity = similarity.index_select(0, owner)
         contrastive = info_nce(similarity, self.fuser.log_temperature, owner)
-        image_rows, text_rows = sample_negatives(similarity, owner, hardness)
-        images = torch.cat([owner, owner.index_select(0, image_rows), batch.denied, batch.denied])
+        own, accused = self.share.of(count), self.share.of(len(denied))
+        sampled = sample_negatives(similarity, owner, hardness)
+        image_rows, text_rows = (rows.view(4, -1)[:, own].flatten() for rows in sampled)  # four for each caption
         captions = torch.arange(len(text_nodes), device=owner.device)
-        texts = torch.cat([captions[:count], text_rows, captions[count:]])
-        logits = self.fuser.match(image_nodes.index_select(0, images), text_nodes.index_select(0, texts))
-        pairs, false, true = logits.tensor_split((count + len(text_rows), len(logits) - len(batch.denied)))
-        matched = torch.arange(len(pairs), device=logits.device) < count
-        contradiction = contradiction_loss(true, false) if len(false) else logits.new_zeros(())
-        return contrastive, matching_loss(pairs, matched), contradiction
+        images = torch.cat([owner[own], owner.index_select(0, image_rows), *[denied[accused]] * 2])
+        texts = torch.cat([captions[own], text_rows, captions[count:].view(2, -1)[:, accused].flatten()])
+        with self.share.own_randomness():
+            logits = self.fuser.match(image_nodes.index_select(0, images), text_nodes.index_select(0, texts))
+        positives, ranked = own.stop - own.start, accused.stop - accused.start
+        pairs, false, true = logits.tensor_split((positives + len(text_rows), len(logits) - ranked))
+        matched = torch.arange(len(pairs), device=logits.device) < positives
+        contradiction = contradiction_loss(true, false) if ranked else logits.new_zeros(())
+        matching = matching_loss(pairs, matched) * self.share.weight(count)
+        return contrastive, matching, contradiction * self.share.weight(len(denied))
+
+
+def _node_share(fuser: PairFuser, share: Share) -> Share:
+    """The share of a batch whose nodes a process computes: all, where nodes depend on others of the batch.
+
+    They do in a pool's graph; and a bank hides a caption's own pair by looking at the images of the whole batch.
+    """
+    return ALONE if fuser.transductive or isinstance(fuser, MultimodalGNN) else share
 
 
 @dataclass
@@ -218,6 +183,7 @@ def fit(
     contrastive_weight: float = 1.0,
     matching_weight: float = 1.0,
     clip: float = 1.0,
+    accumulate: int = 1,
     patience: int = 0,
     seed: int = 0,
     state: Path | None = None,
@@ -230,8 +196,14 @@ def fit(
     training ends after so many epochs without a lower validation loss. The device, the processes and, on a GPU,
     half precision are Accelerate's. A loss that is not finite stops with the step, the images and advice.
 
-    `state` names a file in which each finished epoch is kept; a training that was broken off goes on from there, and
-    ends in the same weights on the same device. The caller deletes the file when the fuser is safe.
+    The processes of a job (torchrun, accelerate launch) share each batch: `batch_size` is that of all together, the
+    contrastive loss sees all its pairs, and without dropout, which each process draws for itself, losses and weights
+    are those of a single process but for rounding. Where nodes depend on the whole batch, as in a graph over it, each
+    process computes all nodes. Gradients of `accumulate` batches make one step; the negatives of a pair are still
+    those of its own batch, so that this is no larger batch for the contrastive loss.
+
+    `state` names a file in which the main process keeps each finished epoch; a training that was broken off goes on
+    from there, and ends in the same weights on the same device. The caller deletes the file when the fuser is safe.
 
     The matching loss meets, for each pair, a random unmatched one and one that is drawn by similarity, the more sharply
     the longer the training lasts: its `hardness` (see `sample_negatives`) goes from 0 to 1 over the first half of the
@@ -247,47 +219,61 @@ def fit(
     false = replace(false, features=fuser.view(false.features)) if false is not None else None
     fuser.observe(train)
 
-    accelerator = Accelerator(mixed_precision=_mixed_precision())
-    losses, order = _PairLosses(fuser), _Order(len(train.owner), seed)
-    loader = DataLoader(PairBatches(train, false), batch_size, sampler=order, collate_fn=lambda batch: batch)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=_mixed_precision(),
+        gradient_accumulation_steps=accumulate,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),  # the schedule counts batches of all processes
+    )
+    share = Share(accelerator.process_index, accelerator.num_processes)
+    losses, order = _PairLosses(fuser, share), Order(len(train.owner), seed)
+    batches = PairBatches(train, false, losses.split)
+    loader = DataLoader(batches, batch_size, sampler=order, collate_fn=lambda batch: batch)
+    loader = prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
     optimizer = torch.optim.AdamW(_weight_groups(losses, weight_decay), lr=learning_rate)
-    total = epochs * len(loader)
-    scheduler = LambdaLR(optimizer, lambda step: _warmup_cosine(step, max(1, total // 10), total))
-    losses, optimizer, loader, scheduler = accelerator.prepare(losses, optimizer, loader, scheduler)
+    steps = epochs * -(-len(loader) // accumulate)
+    scheduler = LambdaLR(optimizer, lambda step: _warmup_cosine(step, max(1, steps // 10), steps))
+    losses, optimizer, scheduler = accelerator.prepare(losses, optimizer, scheduler)
     history, best = History(), copy.deepcopy(fuser.state_dict())
     weights = torch.tensor([contrastive_weight, matching_weight, 1.0])
     settings = [epochs, batch_size, learning_rate, weight_decay, contrastive_weight, matching_weight, clip, seed]
     sizes = [sum(p.numel() for p in fuser.parameters()), len(train.owner), len(validation.owner)]
     sizes.append(len(false.captions) if false is not None else 0)
-    made_by = [type(fuser).__name__, sizes, settings]
-    if state is not None and state.is_file():
-        history, best = _resume(state, made_by, fuser, optimizer, scheduler)
-    for epoch in progress(range(len(history.rows), epochs), "training", unit="epochs"):
+    made_by = [type(fuser).__name__, sizes, [*settings, accumulate]]
+    if state is not None:
+        kept = [load_state(state) if accelerator.is_main_process and state.is_file() else None]
+        if (found := broadcast_object_list(kept)[0]) is not None:
+            history, best = _resume(state, found, made_by, fuser, optimizer, scheduler)
+    remaining = range(len(history.rows), epochs)
+    for epoch in progress(remaining, "training", unit="epochs") if accelerator.is_main_process else remaining:
         if patience and len(history.rows) - 1 - history.best_epoch >= patience:
             break
-        set_seed(_epoch_seed(seed, epoch))
+        set_seed(epoch_seed(seed, epoch))
         order.epoch = epoch
         losses.train()
         sums = torch.zeros(3)
         for step, batch in enumerate(loader):
-            parts = torch.stack(losses(batch, min(1.0, 2 * (epoch * len(loader) + step) / total)))
-            loss = parts @ weights.to(parts)
-            if not torch.isfinite(loss):
-                images = _suspects(train, order, step, batch_size)
-                raise MmkitError(
-                    f"The loss is {loss.item()} in epoch {epoch}, step {step}, images {images}. "
-                    f"Remedy: lower learning_rate ({learning_rate}), or look for NaN in the features."
-                )
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(losses.parameters(), clip)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            sums += parts.detach().cpu()
+            done = (epoch * len(loader) + step) / (epochs * len(loader))
+            with accelerator.accumulate(losses):
+                parts = torch.stack(losses(batch, min(1.0, 2 * done)))
+                means = share.mean(parts.detach()).cpu()
+                if not torch.isfinite(loss := means @ weights):
+                    images = _suspects(train, order, step, batch_size)
+                    raise MmkitError(
+                        f"The loss is {loss.item()} in epoch {epoch}, step {step}, images {images}. "
+                        f"Remedy: lower learning_rate ({learning_rate}), or look for NaN in the features."
+                    )
+                accelerator.backward(parts @ weights.to(parts))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(losses.parameters(), clip)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            sums += means
         means = sums / len(loader)
         row = dict(zip(("contrastive", "matching", "contradiction"), means.tolist(), strict=True))
         row |= {"temperature": fuser.log_temperature.exp().item(), "loss": float(means @ weights)}
-        held_out = validation_losses(fuser, validation, batch_size, seed)
+        held_out = validation_losses(fuser, validation, batch_size, seed, share)
         row |= {f"validation_{name}": value for name, value in zip(("contrastive", "matching"), held_out, strict=True)}
         row["validation_loss"] = contrastive_weight * held_out[0] + matching_weight * held_out[1]
         if not math.isfinite(row["validation_loss"]):
@@ -307,7 +293,7 @@ def fit(
     return history
 
 
-def _suspects(train: PairedFeatures, order: _Order, step: int, batch_size: int) -> str:
+def _suspects(train: PairedFeatures, order: Order, step: int, batch_size: int) -> str:
     """The images of a step whose features are not finite, or of all the step, for an error message."""
     captions = list(order)[step * batch_size : (step + 1) * batch_size]
     rows = train.owner[captions].unique()
@@ -318,10 +304,15 @@ def _suspects(train: PairedFeatures, order: _Order, step: int, batch_size: int) 
 
 
 def _resume(
-    state: Path, made_by: list, fuser: PairFuser, optimizer: AcceleratedOptimizer, scheduler: AcceleratedScheduler
+    state: Path,
+    found: tuple,
+    made_by: list,
+    fuser: PairFuser,
+    optimizer: AcceleratedOptimizer,
+    scheduler: AcceleratedScheduler,
 ) -> tuple[History, dict[str, Tensor]]:
-    """Put all back to where the kept state was; its history, and the best weights so far."""
-    modules, optimizer_state, facts = load_state(state)
+    """Put all back to where the state `found` in a file was; its history, and the best weights so far."""
+    modules, optimizer_state, facts = found
     if facts["made_by"] != json.loads(json.dumps(made_by)):
         raise MmkitError(f"{state} is of another training. Remedy: name another file, or delete it to start again.")
     fuser.load_state_dict(modules["fuser"])
@@ -331,18 +322,22 @@ def _resume(
 
 
 @torch.no_grad()
-def validation_losses(fuser: PairFuser, features: PairedFeatures, batch_size: int, seed: int) -> tuple[float, float]:
-    """Mean contrastive and matching loss over `features`, in batches and with negatives fixed by `seed`."""
+def validation_losses(
+    fuser: PairFuser, features: PairedFeatures, batch_size: int, seed: int, share: Share = ALONE
+) -> tuple[float, float]:
+    """Mean contrastive and matching loss over `features`, in batches and with negatives fixed by `seed`.
+
+    Processes that `share` the batches have to call it together; all get the same.
+    """
     fuser.eval()
     features = fuser.view(features)
     device = next(fuser.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    loader = DataLoader(
-        PairBatches(features), batch_size, shuffle=True, generator=generator, collate_fn=lambda batch: batch
-    )
-    losses = _PairLosses(fuser)
+    losses = _PairLosses(fuser, share)
+    batches = PairBatches(features, share=losses.split)
+    loader = DataLoader(batches, batch_size, shuffle=True, generator=generator, collate_fn=lambda batch: batch)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         rows = [torch.stack(losses(Batch(*(part.to(device) for part in batch)))) for batch in loader]
-    contrastive, matching, _ = torch.stack(rows).mean(dim=0).tolist()
+    contrastive, matching, _ = share.mean(torch.stack(rows).mean(dim=0)).tolist()
     return contrastive, matching

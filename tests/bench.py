@@ -9,12 +9,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from contests import Contest, contests
+from contests import Contest, contests, seconds
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,6 @@ class Entry:
     baseline: float
     unit: str
     what: str
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def measure(contest: Contest, rounds: int) -> Entry:

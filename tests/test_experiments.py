@@ -16,9 +16,10 @@ import torch
 from scipy import stats
 
 import mmkit
-from mmkit import FUSERS, MissingFile, MmkitError, experiments, load_results
+from mmkit import FUSERS, HubnessCorrected, MissingFile, MmkitError, build_fuser, experiments, load_results
 from mmkit.__main__ import main
-from mmkit.experiments import _PROFILES, EXPERIMENTS, Experiment, Variant, code_digest, run_experiment, run_experiments
+from mmkit.experiments import _PROFILES, code_digest, run_experiment, run_experiments
+from mmkit.questions import EXPERIMENTS, Experiment, Variant
 from mmkit.results import (
     FIGURES,
     FOLDER,
@@ -263,16 +264,16 @@ def test_every_variant_can_be_built_and_every_column_shown(experiment):
     assert {*experiment.columns, experiment.compared} <= FIGURES.keys() and experiment.reference in experiment.variants
     for variant in experiment.variants.values():
         settings = mmkit.profile(_PROFILES[experiment.data], **experiment.settings, **variant.settings, hidden_dim=32)
-        fuser = variant.build(replace(settings, fusion_dim=32), (24, 16))
+        fuser = build_fuser(variant.fuser, replace(settings, fusion_dim=32), 24, 16, **variant.arguments)
         assert type(fuser) is FUSERS[variant.fuser]
-        assert all(getattr(fuser, name) == value for name, value in variant.arguments.items())
+        assert variant.arguments.items() <= fuser._hub_mixin_config.items()
+        if variant.corrected:
+            HubnessCorrected(fuser, variant.corrected)
 
 
-def test_a_variant_with_arguments_starts_from_the_same_weights():
+def test_a_fuser_with_arguments_starts_from_the_same_weights():
     settings = mmkit.profile("mini", fusion_dim=16, seed=3)
-    default, named = (
-        variant.build(settings, (24, 16)) for variant in (Variant(), Variant(arguments={"paths": "both"}))
-    )
+    default, named = (build_fuser("mlp", settings, 24, 16, **more) for more in ({}, {"paths": "both"}))
     torch.testing.assert_close(default.state_dict(), named.state_dict(), rtol=0, atol=0)
     assert default._hub_mixin_config == named._hub_mixin_config
 
@@ -421,7 +422,7 @@ def test_committed_files_are_whole_of_today_and_tell_no_path(path):
     found, experiment = read_results(path), EXPERIMENTS[path.stem]
     assert not tells_where(path)
     assert found.variants == json.loads(json.dumps({n: asdict(v) for n, v in experiment.variants.items()}))
-    assert {*pairs(found)} >= {(name, seed) for name in experiment.variants for seed in range(experiment.seeds)}
+    assert {*pairs(found)} >= {*experiment.runs()}
     for key in ("name", "question", "reference", "columns", "compared"):
         assert getattr(found, key) == getattr(experiment, key)
 

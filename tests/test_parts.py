@@ -233,7 +233,7 @@ LEFT, RIGHT = OBJECTS, OBJECTS + 1
 def arranged(count: int, seed: int) -> tuple[PairedFeatures, PairedFeatures]:
     """Two objects in nine cells, and "a left of b" or "b right of a"; false: with the objects swapped.
 
-    A token is the one-hot of its word and of its place in the sentence, which an encoder's context would tell.
+    A token is the one-hot of its word and does not know its place in the sentence.
     """
     generator = torch.Generator().manual_seed(seed)
     grids, captions, swapped = torch.zeros(count, 9, OBJECTS + 2), [], []
@@ -250,9 +250,7 @@ def arranged(count: int, seed: int) -> tuple[PairedFeatures, PairedFeatures]:
         swapped.append((last, relation, first))
 
     def tokens(sentences: list[tuple[int, int, int]]) -> Tensor:
-        words, place = F.one_hot(torch.tensor(sentences), OBJECTS + 2), torch.eye(3).expand(count, 3, 3)
-        relation = F.one_hot(torch.tensor([sentence[1] - LEFT for sentence in sentences]), 2)
-        return torch.cat([words, place, relation[:, None].expand(-1, 3, -1)], dim=-1).float()
+        return F.one_hot(torch.tensor(sentences), OBJECTS + 2).float()
 
     grids = grids + 0.02 * torch.randn(grids.shape, generator=generator)
     true, false = (
@@ -269,9 +267,9 @@ def test_positions_tell_who_is_left_and_pooled_features_do_not(name, low, high):
     )
     torch.manual_seed(0)
     if name == "mlp":
-        fuser = MultimodalFeatureFuser(OBJECTS + 2, OBJECTS + 7, 32)
+        fuser = MultimodalFeatureFuser(OBJECTS + 2, OBJECTS + 2, 32)
     else:
-        fuser = RegionWordGNN(OBJECTS + 2, OBJECTS + 7, width=16, layers=0, feature_dropout=0.0)
+        fuser = RegionWordGNN(OBJECTS + 2, OBJECTS + 2, width=16, layers=0, feature_dropout=0.0)
     wrong_ones = FalseCaptions(false, torch.arange(300))
     fit(fuser, train, validation, epochs=30, batch_size=50, learning_rate=1e-2, false=wrong_ones)
     pairs = DiagnosticNegatives("roles", *(test.owner.numpy(),) * 2, ("swapped",) * len(test.owner))
@@ -293,3 +291,19 @@ def test_the_parts_of_a_store_reach_the_fuser_and_its_standardisation(dataset, e
     prepared = fuser.prepare(images, captions)
     assert abs(prepared[0][:, 1:].mean().item()) < 0.2 and abs(prepared[1][:, 1:][present].mean().item()) < 0.2
     assert not prepared[1][:, 1:][~present].any()
+
+
+def test_a_role_depends_on_the_words_within_reach_alone_and_on_their_order():
+    torch.manual_seed(0)
+    fuser = RegionWordGNN(IMAGE, TEXT, width=8, reach=2).eval()
+    images, texts = random(1, 1 + CELLS, IMAGE), random(1, 1 + 7, TEXT, seed=1)
+
+    def roles(texts: Tensor) -> Tensor:
+        return fuser.nodes(images, texts)[1][0, 1:, 8:].detach()
+
+    changed, swapped = texts.clone(), texts.clone()
+    changed[0, 1 + 6] += 1  # the last word
+    differ = (roles(changed) != roles(texts)).any(dim=1)
+    assert differ.tolist() == [False] * 4 + [True] * 3
+    swapped[0, [1 + 1, 1 + 3]] = texts[0, [1 + 3, 1 + 1]]  # the neighbours of word 2
+    assert not torch.allclose(roles(swapped)[2], roles(texts)[2])

@@ -73,8 +73,8 @@ def test_modules_stay_small_and_import_one_way():
         "errors", "assets", "progress", "profiles", "denormals", "vocabulary", "facts", "captions", "scenes",
         "pictures", "transfer", "download", "annotations", "data", "check", "preprocess", "encoders", "weights",
         "backbones", "zoo", "features", "extraction", "fusers", "baselines", "edges", "hubness", "graphs", "parts",
-        "losses", "states", "training", "checkpoints", "metrics", "shortlist", "evaluation", "protocols", "results",
-        "experiments", "plots", "galleries", "browser", "course",
+        "losses", "states", "batches", "training", "checkpoints", "metrics", "shortlist", "evaluation", "protocols",
+        "results", "questions", "experiments", "plots", "galleries", "browser", "course",
     ]  # fmt: skip
     for path in (TOP / "mmkit").glob("[!_]*.py"):
         text = path.read_text()

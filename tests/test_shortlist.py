@@ -89,8 +89,8 @@ class Constant(MultimodalFeatureFuser):
     def shortlist_scores(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
         return torch.zeros(len(image_nodes), len(text_nodes))
 
-    def match(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
-        return torch.full((len(image_nodes),), self.value)
+    def score_nodes(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
+        return torch.full((len(image_nodes), len(text_nodes)), self.value)
 
 
 def test_ties_count_against_the_model_and_nan_is_an_error():

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +21,18 @@ from mmkit import (
     MultimodalFeatureFuser,
     MultimodalGNN,
     PairedFeatures,
+    contrastive_loss,
     fit,
     load_checkpoint,
     noise_recall,
     permutation_gap,
     retrieval_report,
     save_checkpoint,
-    states,
     training,
 )
+from mmkit.batches import Order, PairBatches
 from mmkit.fusers import PairFuser, unit_scale
-from mmkit.training import PairBatches, _PairLosses, _warmup_cosine, _weight_groups, fit_profile, validation_losses
+from mmkit.training import _PairLosses, _warmup_cosine, _weight_groups, fit_profile, validation_losses
 
 IMAGE_DIM, TEXT_DIM, CAPTIONS = 24, 16, 2
 
@@ -84,6 +87,18 @@ class LeakingFuser(MultimodalFeatureFuser):
         image_nodes, text_nodes = super().nodes(images, texts)
         tags = torch.randn(max(len(images), len(texts)), self.width, generator=torch.Generator().manual_seed(5))
         return unit_scale(image_nodes + tags[: len(images)]), unit_scale(text_nodes + tags[: len(texts)])
+
+
+@contextmanager
+def full_disk(room: int = 9000) -> Iterator[None]:
+    """No file can be written beyond `room` bytes."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 BOTH = pytest.mark.parametrize("make", [small_mlp, small_gnn], ids=["mlp", "gnn"])
@@ -212,8 +227,13 @@ def test_fit_profile_passes_every_setting_of_the_profile(monkeypatch):
     fit_profile(small_mlp(), learnable(10, 0), learnable(5, 1), mmkit.profile("mini", **chosen), Path("kept.state"))
     assert given == chosen | {"state": Path("kept.state"), "false": None}
     parts = mmkit.RegionWordGNN(IMAGE_DIM, TEXT_DIM, 8)
-    fit_profile(parts, learnable(10, 0), learnable(5, 1), mmkit.profile("mini", part_batch_size=11, **chosen))
-    assert given["batch_size"] == 11
+    fit_profile(
+        parts,
+        learnable(10, 0),
+        learnable(5, 1),
+        mmkit.profile("mini", part_batch_size=11, part_epochs=2, part_learning_rate=3.0, **chosen),
+    )
+    assert (given["batch_size"], given["epochs"], given["learning_rate"]) == (11, 2, 3.0)
 
 
 # --- what stops a run ----------------------------------------------------------------------------
@@ -323,6 +343,29 @@ def test_fit_steps_the_schedule_once_a_batch_and_clips_the_gradient(monkeypatch)
     assert max(norms) == pytest.approx(0.05, rel=1e-3)
 
 
+def test_accumulated_batches_make_one_step_of_their_mean_gradient(monkeypatch):
+    steps = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *args: object, **kwargs: object) -> object:
+            steps.append((self.param_groups[0]["lr"], fuser.project_images.weight.grad.clone()))
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    train, fuser = learnable(40, 0), small_mlp(dropout=0.0)
+    settings = {"epochs": 2, "batch_size": 16, "learning_rate": 0.01, "clip": 1e9, "matching_weight": 0.0}
+    fit(fuser, train, learnable(20, 1), accumulate=2, **settings)  # 5 batches: 2, 2, and 1 that is left
+    rates, gradients = zip(*steps, strict=True)
+    assert rates == pytest.approx([0.01 * _warmup_cosine(step, 1, 6) for step in range(6)])
+    fresh = small_mlp(dropout=0.0)
+    fresh.observe(train)
+    for rows in torch.tensor(list(Order(80, 0))).split(16)[:2]:
+        image_nodes, text_nodes = fresh.nodes(train.images(train.owner[rows]), train.captions(rows))
+        loss = contrastive_loss(image_nodes, text_nodes, fresh.log_temperature, train.owner[rows])
+        (loss / 2).backward()
+    torch.testing.assert_close(gradients[0], fresh.project_images.weight.grad, rtol=1e-4, atol=1e-6)
+
+
 @BOTH
 def test_matrices_decay_and_biases_and_the_temperature_do_not(make):
     losses = _PairLosses(make())
@@ -413,12 +456,10 @@ def test_a_checkpoint_replaces_an_older_one_whole(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
-def test_a_save_that_fails_leaves_the_older_checkpoint_and_no_litter(tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_the_older_checkpoint_and_no_litter(tmp_path):
     folder = save(tmp_path / "run", small_mlp())
-    fuser = small_mlp()
-    monkeypatch.setattr(fuser, "save_pretrained", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        save(folder, fuser, thresholds={"random": 7.0})
+    with full_disk(), pytest.raises(MmkitError, match=r"run \(.*File too large.*what was there is kept\. Remedy"):
+        save(folder, small_mlp(), thresholds={"random": 7.0})
     assert load_checkpoint(folder)[1]["thresholds"]["random"] == 0.25
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -523,22 +564,18 @@ def test_a_damaged_state_is_named_and_left_alone(tmp_path, kept):
 
 def test_a_disk_that_is_full_loses_no_earlier_state(tmp_path, monkeypatch):
     train, validation, state = learnable(40, 0), learnable(20, 1), tmp_path / "run.state"
+    undisturbed = small_mlp()
+    expected = fit(undisturbed, train, validation, epochs=3, **QUICK)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_after(patch, 1)
         fit(small_mlp(), train, validation, epochs=3, state=state, **QUICK)
     kept = state.read_bytes()
-
-    def full(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(MmkitError, match=r"No space left on device.*the last one is kept"),
-    ):
-        patch.setattr(states, "save_file", full)
+    with full_disk(), pytest.raises(MmkitError, match=r"File too large.*the last one is kept.*Remedy"):
         fit(small_mlp(), train, validation, epochs=3, state=state, **QUICK)
     assert state.read_bytes() == kept and [path.name for path in tmp_path.iterdir()] == ["run.state"]
+    fuser = small_mlp()
+    assert fit(fuser, train, validation, epochs=3, state=state, **QUICK) == expected
+    assert equal(weights(fuser), weights(undisturbed))
 
 
 def test_patience_ends_a_training_that_no_longer_gains():
