@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-from scipy.stats import t as students_t  # scikit-learn needs scipy, so it is there
+from scipy.stats import t as students_t
 
 from .errors import MissingFile, MmkitError
 from .facts import FACTS
