@@ -27,6 +27,8 @@ SMALL = mmkit.profile(
     feature_dropout=0.0,
     batch_size=64,
     learning_rate=5e-3,
+    part_epochs=12,
+    part_learning_rate=5e-3,
 )
 
 
