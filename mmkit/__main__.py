@@ -14,6 +14,7 @@ from pathlib import Path
 import mmkit
 from mmkit.course import run_course
 from mmkit.data import SPLITS
+from mmkit.facts import FACTS
 
 
 def _settings(arguments: argparse.Namespace) -> mmkit.Profile:
@@ -234,7 +235,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--epochs", type=int)
     one.add_argument("--seed", type=int)
     one.add_argument(
-        "--false", nargs="+", default=(), metavar="FACT", help="drawn scenes: learn from captions false in these facts"
+        "--false",
+        nargs="+",
+        default=(),
+        choices=FACTS,
+        metavar="FACT",
+        help=f"drawn scenes: learn from captions false in these facts, of {', '.join(FACTS)}",
     )
     one = command(
         "evaluate", "matching and retrieval of a checkpoint", "evaluate runs/mlp --split all --json", [data, missing]

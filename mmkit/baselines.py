@@ -109,7 +109,7 @@ class RegularizedCCA(CosineFuser):
         threshold are a logistic regression on the cosines of pairs and as many random unmatched ones, drawn by `seed`,
         of `held_out`: the training pairs agree better than any others will, and stand in only where it is left out.
         """
-        calibration = train if held_out is None else held_out
+        train, calibration = self.view(train), self.view(train if held_out is None else held_out)
         if any(len(part.owner.unique()) < 2 for part in (train, calibration)):
             raise MmkitError("Canonical correlations need captions of at least two images, to train and to calibrate.")
         self.check_sizes(train.images([0]), train.captions([0]))

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
@@ -12,6 +13,7 @@ from accelerate.utils import gather, pad_across_processes, reduce
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from .errors import MmkitError
 from .features import FalseCaptions, PairedFeatures, cat_parts
 
 
@@ -103,6 +105,8 @@ class PairBatches(Dataset):
     def __init__(self, features: PairedFeatures, false: FalseCaptions | None = None, share: Share = ALONE) -> None:
         self.features, self.false, self.share = features, false, share
         if false is not None:
+            if not np.array_equal(false.features.image_rows, features.image_rows):
+                raise MmkitError("The false captions are of other images. Remedy: false_captions(dataset, train, …)")
             owner = false.features.owner
             self.by_image = owner.argsort(stable=True)
             self.count = owner.bincount(minlength=len(features.image_rows))

@@ -91,7 +91,7 @@ def negative_pairs(features: PairedFeatures, kind: str, seed: int = 0) -> tuple[
     if kind == "random":
         shift = torch.randint(1, n, (len(owner),), generator=torch.Generator().manual_seed(seed))
         return (owner + shift) % n, captions
-    texts = F.normalize(features.captions(), dim=-1)
+    texts = F.normalize(features.vectors().captions(), dim=-1)
     nearest = []
     for rows in captions.split(_CHUNK):
         similarity = (texts[rows] @ texts.T).masked_fill(owner[rows, None] == owner, -torch.inf)

@@ -78,6 +78,10 @@ class PairedFeatures:
             return pooled
         return torch.cat([pooled[:, None], self.tokens(rows)[0]], dim=1)
 
+    def vectors(self) -> "PairedFeatures":
+        """The same pairs without their parts."""
+        return replace(self, parts=False)
+
     def with_parts(self) -> "PairedFeatures":
         """The same pairs, each item as a stack of its parts: the pooled vector, then the cells or the tokens.
 

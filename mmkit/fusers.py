@@ -1,7 +1,5 @@
 """The contract of every fuser, and the MLP fusers: system A's, and one with a gate."""
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
@@ -21,6 +19,11 @@ _SAMPLE = 20_000  # items that means and deviations are taken from
 def unit_scale(nodes: Tensor) -> Tensor:
     """Nodes `(N, width)` at length √width: unit scale per component, and products that sum to width · cosine."""
     return F.normalize(nodes, dim=-1) * nodes.shape[-1] ** 0.5
+
+
+def cosines(left: Tensor, right: Tensor) -> Tensor:
+    """Cosines `(N, M)` of all pairs of rows `(N, D)` and `(M, D)`."""
+    return F.normalize(left, dim=-1) @ F.normalize(right, dim=-1).T
 
 
 def sum_of_relu(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
@@ -110,12 +113,17 @@ class PairFuser(nn.Module, PyTorchModelHubMixin, library_name="mmkit", license="
 
     def view(self, features: PairedFeatures) -> PairedFeatures:
         """The same pairs in the form that this fuser takes: vectors, or stacks of parts."""
-        return features.with_parts() if self.takes_parts else features
+        return features.with_parts() if self.takes_parts else features.vectors()
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether an item's nodes in training depend on the rest of its batch, so that processes cannot divide it."""
+        return self.transductive
 
     def observe(self, train: PairedFeatures) -> None:
         """Take what the fuser needs to know of the training set before the first step: means and deviations."""
         self.check_sizes(train.images([0]), train.captions([0]))
-        vectors = replace(train, parts=False)
+        vectors = train.vectors()
         self.standardize_images.fit(vectors.images(torch.randperm(len(train.image_rows))[:_SAMPLE]))
         self.standardize_texts.fit(vectors.captions(torch.randperm(len(train.owner))[:_SAMPLE]))
 
@@ -125,7 +133,7 @@ class PairFuser(nn.Module, PyTorchModelHubMixin, library_name="mmkit", license="
 
     def similarities(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
         """What the contrastive loss trains: the cosines of all nodes `(N, width)`, `(M, width)` → `(N, M)`."""
-        return F.normalize(image_nodes, dim=-1) @ F.normalize(text_nodes, dim=-1).T
+        return cosines(image_nodes, text_nodes)
 
     def shortlist_scores(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
         """What chooses the candidates that are worth a match: scores of all pairs `(N, M)` by one matrix product."""
@@ -253,8 +261,8 @@ class GatedFuser(MultimodalFeatureFuser):
         return super().fuse(image_nodes, text_nodes) * torch.cat([gate, 1 - gate], dim=-1)
 
     def score_nodes(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
-        """As in `PairFuser`; the gate's layer splits as well, but a gated product is no longer bilinear, so each
-        block holds gates and hidden units, about six passes over memory where the MLP fuser takes two."""
+        """As in `PairFuser`; the gate's layer splits as well, but a gated product is no longer bilinear and a gated
+        path no sum of absolute values, so blocks of gates and hidden units are held."""
         layers = (self.gate, self.concatenation[0])
         image_part, text_part = torch.cat([layer.weight for layer in layers]).split(self.width, dim=1)
         from_images = F.linear(image_nodes, image_part, torch.cat([layer.bias for layer in layers]))

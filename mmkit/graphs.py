@@ -205,6 +205,11 @@ class MultimodalGNN(PairFuser):
         self.edges, self.transductive = edges, not bank
         self.bank = Bank(bank, image_dim, text_dim) if bank else None
 
+    @property
+    def whole_batch(self) -> bool:
+        """A bank hides a caption's own pair by looking at all images of the batch."""
+        return True
+
     def observe(self, train: PairedFeatures) -> None:
         """Means and deviations as in `PairFuser`, and the bank. An error if it is larger than the training set."""
         super().observe(train)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from . import denormals  # noqa: F401  # for its effect
 from .errors import MmkitError
+from .fusers import cosines
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 0.5
 
@@ -21,7 +22,7 @@ def contrastive_loss(
     """
     if image_nodes.shape != text_nodes.shape:
         raise MmkitError(f"Aligned nodes differ in shape: {tuple(image_nodes.shape)} and {tuple(text_nodes.shape)}.")
-    return info_nce(F.normalize(image_nodes, dim=-1) @ F.normalize(text_nodes, dim=-1).T, log_temperature, owner)
+    return info_nce(cosines(image_nodes, text_nodes), log_temperature, owner)
 
 
 def info_nce(similarity: Tensor, log_temperature: Tensor, owner: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .errors import MmkitError
 from .features import PairedFeatures
-from .fusers import TEMPERATURE, PairFuser, Standardize, unit_scale
+from .fusers import TEMPERATURE, PairFuser, Standardize, cosines, unit_scale
 
 _THRESHOLD = 0.3  # cosines of trained pairs part near it; the match logit starts there
 _SAMPLE = 500  # images whose cells, and four times as many captions whose tokens, are standardised by
@@ -65,8 +65,7 @@ class PartFuser(PairFuser):
 
     def shortlist_scores(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
         """Cosines `(N, M)` of the pooled vectors, in a single matrix product."""
-        images, texts = (nodes[:, 0, : self.width] for nodes in (image_nodes, text_nodes))
-        return F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+        return cosines(image_nodes[:, 0, : self.width], text_nodes[:, 0, : self.width])
 
 
 def is_part(stack: Tensor) -> Tensor:
@@ -129,10 +128,6 @@ class CrossAttentionFuser(PartFuser):
         """Attention `(B, heads, queries, keys)`; none on padding, whose queries count nowhere."""
         scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
         return scores.masked_fill(~present[:, None, None], -torch.inf).softmax(dim=-1)
-
-    def match(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
-        """Aligned nodes → match logits `(B,)`."""
-        return self.match_head(self.fuse(image_nodes, text_nodes)).squeeze(-1)
 
     def fuse(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
         """Aligned nodes → fused vectors `(B, 2·width)` of the two vectors that have seen each other."""
@@ -198,10 +193,9 @@ class RegionWordGNN(PartFuser):
         layers: int = 1,
         neighbours: int = 5,
         reach: int = 4,
-        dropout: float = 0.0,
         feature_dropout: float = 0.3,
     ) -> None:
-        super().__init__(image_dim, text_dim, width, dropout, feature_dropout)
+        super().__init__(image_dim, text_dim, width, 0.0, feature_dropout)
         self.neighbours = neighbours
         self.convolutions = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
         self.role_input = nn.Linear(text_dim, width // 2)

@@ -11,6 +11,7 @@ import torch
 from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -210,6 +211,8 @@ def plot_lines(
         look = {"color": colour, "marker": marker, "linestyle": dash, "markersize": 4}
         axis.errorbar(xs, ys, *errors, capsize=3, elinewidth=1.2, label=name, **look)
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if all(isinstance(x, int) for xs, *_ in lines.values() for x in xs):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for direction in log:
         getattr(axis, f"set_{direction}scale")("log")
     axis.legend()

@@ -146,7 +146,9 @@ def false_captions(
         for part in drawn
         for image, caption, text in zip(part.images, part.captions, part.texts, strict=True)
     }
-    images, captions, texts = zip(*sorted(made), strict=True) if made else ((), (), ())
+    if not made:
+        raise MmkitError(f"None of the {len(chosen):,} images has a fact of the kinds {', '.join(facts)}.")
+    images, captions, texts = zip(*sorted(made), strict=True)
     return FalseCaptions(_as_features(features, encoders, texts, images, precision), torch.tensor(captions))
 
 

@@ -59,7 +59,7 @@ def build_fuser(name: str, profile: Profile, image_dim: int, text_dim: int, **ar
         "two-tower": {"width": profile.fusion_dim, "feature_dropout": profile.feature_dropout},
         "cca": {"width": profile.fusion_dim},
         "cross-attention": {"width": profile.part_dim, "heads": profile.heads} | dropouts,
-        "region-word": {"width": profile.part_dim} | graph | dropouts,
+        "region-word": {"width": profile.part_dim, "feature_dropout": profile.feature_dropout} | graph,
     }[name]
     return kind(image_dim, text_dim, **(settings | arguments))
 
@@ -99,7 +99,7 @@ class _PairLosses(nn.Module):
 
     def __init__(self, fuser: PairFuser, share: Share = ALONE) -> None:
         super().__init__()
-        self.fuser, self.share, self.split = fuser, share, _node_share(fuser, share)
+        self.fuser, self.share, self.split = fuser, share, ALONE if fuser.whole_batch else share
 
     def forward(self, batch: Batch, hardness: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         count, owner, denied = len(batch.owner), batch.owner, batch.denied
@@ -126,14 +126,6 @@ class _PairLosses(nn.Module):
         contradiction = contradiction_loss(true, false) if ranked else logits.new_zeros(())
         matching = matching_loss(pairs, matched) * self.share.weight(count)
         return contrastive, matching, contradiction * self.share.weight(len(denied))
-
-
-def _node_share(fuser: PairFuser, share: Share) -> Share:
-    """The share of a batch whose nodes a process computes: all, where nodes depend on others of the batch.
-
-    They do in a pool's graph; and a bank hides a caption's own pair by looking at the images of the whole batch.
-    """
-    return ALONE if fuser.transductive or isinstance(fuser, MultimodalGNN) else share
 
 
 @dataclass

@@ -156,6 +156,26 @@ def test_evaluate_without_json_prints_the_same_figures(checkpoints, coco, capsys
     assert f"R@5 {report['retrieval']['text_to_image']['r5']:.3f}" in said
 
 
+def test_a_fuser_learns_from_false_captions_and_is_judged_fact_by_fact_through_a_shortlist(coco, tmp_path, capsys):
+    out, data = str(tmp_path / "regions"), ["--coco-root", str(coco)]
+    options = ["--fuser", "region-word", "--false", "roles", "relation", "--epochs", "15"]
+    assert main(["train", *data, *options, "--out", out]) == 0
+    capsys.readouterr()
+    report = evaluated(capsys, out, *data, "--split", "train")
+    assert report["diagnostic"]["roles"]["accuracy"] > 0.7 and {*report["diagnostic"]} == {*mmkit.FACTS}
+    every, few = (evaluated(capsys, out, *data, "--split", "all", "--shortlist", str(count)) for count in (1000, 1))
+    assert few["matching"] == every["matching"] and few["retrieval"] != every["retrieval"]
+    assert main(["evaluate", out, *data]) == 0
+    assert re.search(r"one changed fact, roles +\d\.\d{3} \(", capsys.readouterr().out)
+
+
+def test_an_unknown_fact_is_refused_before_anything_is_done(coco, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--coco-root", str(coco), "--false", "colour", "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "'colour'" in said and all(fact in said for fact in mmkit.FACTS)
+
+
 def test_the_splits_share_no_image_and_make_up_the_whole(checkpoints, coco, capsys):
     options = (checkpoints["mlp"], "--coco-root", coco)
     sizes = {

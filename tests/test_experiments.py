@@ -158,18 +158,14 @@ def test_runs_of_earlier_code_are_kept_and_counted(copied, results, load, capsys
 
 
 def test_comments_and_docstrings_are_no_code(tmp_path):
-    def statements(text: str, name: str = "some.py") -> str:
-        (tmp_path / name).write_text(text)
-        return experiments._statements(tmp_path / name)
+    def statements(text: str) -> str:
+        (tmp_path / "some.py").write_text(text)
+        return experiments._statements(tmp_path / "some.py")
 
     plain = 'X = 1\ndef f(x):\n    "says"\n    return x'
     assert statements(plain) == statements('"What."\nX = 1  # one\ndef f(x):\n    return x')
     assert statements(plain) != statements(plain.replace("return x", "return -x"))
     assert statements(plain) != statements(plain.replace("X = 1", "X = 2"))
-    asks, finds = (
-        statements(plain.replace(*change), "experiments.py") for change in (("X = 1", "X = 2"), ("x)", "y)"))
-    )
-    assert asks == statements(plain, "experiments.py") != finds
 
 
 def by_sorting(scores: torch.Tensor, owner: torch.Tensor, k: int) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from mmkit.protocols import (
     diagnostic_report,
     eccv_scores,
     encode_texts,
+    false_captions,
     folded_retrieval,
     ranked_lists,
     subset,
@@ -90,6 +91,15 @@ def test_pairs_of_another_dataset_are_refused(dataset, encoders, store):
     fewer = replace(features, owner=features.owner[1:], caption_rows=features.caption_rows[1:])
     with pytest.raises(MmkitError, match=r"store\.select"):
         diagnostic_pairs(dataset, fewer, encoders)
+
+
+def test_images_without_such_a_fact_have_no_false_captions(dataset, encoders, store):
+    alone = [image for image, scene in enumerate(dataset.scenes) if scene.relation is None][:3]
+    with pytest.raises(MmkitError, match=r"None of the 3 images .* roles, relation"):
+        false_captions(dataset, store.select(alone), encoders, ("roles", "relation"))
+    found = false_captions(dataset, store.select(alone), encoders, ("object",), precision="float32")
+    assert {*found.features.owner.tolist()} == {0, 1, 2}
+    assert store.select(alone).owner[found.captions].tolist() == found.features.owner.tolist()
 
 
 def pairs_of(images: list[int], captions: list[int]) -> DiagnosticNegatives:

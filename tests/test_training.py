@@ -33,6 +33,7 @@ from mmkit import (
 )
 from mmkit.batches import Order, PairBatches
 from mmkit.fusers import PairFuser, unit_scale
+from mmkit.losses import sample_negatives
 from mmkit.training import _PairLosses, _warmup_cosine, _weight_groups, fit_profile, validation_losses
 
 IMAGE_DIM, TEXT_DIM, CAPTIONS = 24, 16, 2
@@ -365,6 +366,41 @@ def test_accumulated_batches_make_one_step_of_their_mean_gradient(monkeypatch):
         loss = contrastive_loss(image_nodes, text_nodes, fresh.log_temperature, train.owner[rows])
         (loss / 2).backward()
     torch.testing.assert_close(gradients[0], fresh.project_images.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_hard_negatives_come_in_over_the_first_half_of_the_steps(monkeypatch):
+    seen = []
+
+    def watched(similarity: Tensor, owner: Tensor, hardness: float = 1.0) -> tuple[Tensor, Tensor]:
+        seen.append((hardness, torch.is_grad_enabled()))
+        return sample_negatives(similarity, owner, hardness)
+
+    monkeypatch.setattr("mmkit.training.sample_negatives", watched)
+    fit(small_mlp(), learnable(40, 0), learnable(20, 1), epochs=4, batch_size=30, learning_rate=1e-3)
+    trained = [hardness for hardness, training in seen if training]
+    assert trained == pytest.approx([min(1, 2 * step / len(trained)) for step in range(len(trained))])
+    assert len(trained) == 12
+    assert {hardness for hardness, training in seen if not training} == {1.0}, "validation keeps one measure"
+
+
+def test_false_captions_of_other_images_are_refused():
+    train = learnable(40, 0)
+    false = FalseCaptions(learnable(30, 2), torch.zeros(90, dtype=torch.long))
+    with pytest.raises(MmkitError, match=r"other images.*false_captions"):
+        fit(small_mlp(), train, learnable(20, 1), epochs=1, false=false)
+
+
+def test_a_fuser_of_vectors_takes_features_with_parts_as_well():
+    train, validation = learnable(40, 0), learnable(20, 1)
+    fuser, other = small_mlp(), small_mlp()
+    fit(fuser, train, validation, epochs=1)
+    fit(other, train.with_parts(), validation.with_parts(), epochs=1)
+    assert equal(fuser.state_dict(), other.state_dict())
+    plain, parts = (
+        mmkit.matching_report(fuser, part, mmkit.choose_thresholds(fuser, part))
+        for part in (validation, validation.with_parts())
+    )
+    assert plain == parts
 
 
 def test_late_steps_take_no_longer_than_early_ones(monkeypatch):
