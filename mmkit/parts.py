@@ -102,27 +102,30 @@ class CrossAttentionFuser(PartFuser):
         self.seen_by_tokens, self.seen_by_cells = nn.Linear(width, width), nn.Linear(width, width)
 
     def nodes(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """`(N, 1 + cells, 4·width)`, `(M, 1 + T, 4·width)`: the projection; of parts also query, key and value."""
+        """`(N, 1 + cells, 3·width)`, `(M, 1 + T, 3·width)`: of the pooled vector its projection and zeros, of a part
+        its query, key and value."""
         stacks = self.prepare(images, texts)
         nodes = []
         for stack, whole, parts, layer in (
             (stacks[0], self.project_images, self.project_cells, self.from_cells),
             (stacks[1], self.project_texts, self.project_tokens, self.from_tokens),
         ):
-            pooled = F.pad(unit_scale(whole(stack[:, :1])), (0, 3 * self.width))
-            projected = unit_scale(parts(stack[:, 1:]))
-            projected = torch.cat([projected, layer(projected)], dim=-1) * is_part(stack[:, 1:])[..., None]
-            nodes.append(torch.cat([pooled, projected], dim=1))
+            pooled = F.pad(unit_scale(whole(stack[:, :1])), (0, 2 * self.width))
+            attending = layer(unit_scale(parts(stack[:, 1:]))) * is_part(stack[:, 1:])[..., None]
+            nodes.append(torch.cat([pooled, attending], dim=1))
         return nodes[0], nodes[1]
 
     def similarities(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
         """The contrastive loss trains the pooled vectors: `(N, M)`."""
         return self.shortlist_scores(image_nodes, text_nodes)
 
-    def _heads(self, nodes: Tensor) -> tuple[Tensor, ...]:
-        """Query, key and value `(B, heads, parts, width / heads)` of the parts."""
-        parts = nodes[:, 1:, self.width :].unflatten(-1, (3, self.heads, -1))
-        return tuple(part.transpose(1, 2) for part in parts.unbind(dim=2))
+    def _split(self, nodes: Tensor) -> tuple[Tensor, ...]:
+        """Of nodes `(B, 1 + parts, 3·width)` the pooled vectors `(B, width)`, then query, key and value
+        `(B, heads, parts, width / heads)` of the parts."""
+        # in one step: the backward of a slice fills as much memory with zeros as the whole has
+        pooled, parts = nodes.split([1, nodes.shape[1] - 1], dim=1)
+        heads = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts.split(self.width, dim=-1))
+        return pooled.squeeze(1)[:, : self.width], *heads
 
     def _weights(self, query: Tensor, key: Tensor, present: Tensor) -> Tensor:
         """Attention `(B, heads, queries, keys)`; none on padding, whose queries count nowhere."""
@@ -131,14 +134,14 @@ class CrossAttentionFuser(PartFuser):
 
     def fuse(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
         """Aligned nodes → fused vectors `(B, 2·width)` of the two vectors that have seen each other."""
-        (image_query, image_key, image_value), (text_query, text_key, text_value) = (
-            self._heads(nodes) for nodes in (image_nodes, text_nodes)
+        (images, image_query, image_key, image_value), (texts, text_query, text_key, text_value) = (
+            self._split(nodes) for nodes in (image_nodes, text_nodes)
         )
-        cells, tokens = is_part(image_nodes[:, 1:]), is_part(text_nodes[:, 1:])
+        cells, tokens = is_part(image_nodes)[:, 1:], is_part(text_nodes)[:, 1:]
         seen_by_tokens = self._mean(self._weights(text_query, image_key, cells) @ image_value, tokens)
         seen_by_cells = self._mean(self._weights(image_query, text_key, tokens) @ text_value, cells)
-        images = image_nodes[:, 0, : self.width] + self.seen_by_tokens(seen_by_tokens)
-        texts = text_nodes[:, 0, : self.width] + self.seen_by_cells(seen_by_cells)
+        images = images + self.seen_by_tokens(seen_by_tokens)
+        texts = texts + self.seen_by_cells(seen_by_cells)
         return super().fuse(unit_scale(images), unit_scale(texts))
 
     @staticmethod
@@ -150,8 +153,8 @@ class CrossAttentionFuser(PartFuser):
     def attention(self, images: Tensor, texts: Tensor) -> Tensor:
         """Aligned stacks → how each token attends to the cells `(B, T, cells)`, the mean over the heads."""
         image_nodes, text_nodes = self.nodes(images, texts)
-        query, key = self._heads(text_nodes)[0], self._heads(image_nodes)[1]
-        return self._weights(query, key, is_part(image_nodes[:, 1:])).mean(dim=1)
+        query, key = self._split(text_nodes)[1], self._split(image_nodes)[2]
+        return self._weights(query, key, is_part(image_nodes)[:, 1:]).mean(dim=1)
 
     def score_nodes(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
         """Match logits `(N, M)`, pair by pair in blocks: attention is not separable."""

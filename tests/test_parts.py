@@ -22,6 +22,7 @@ from mmkit import (
     retrieval_report,
 )
 from mmkit.data import DiagnosticNegatives
+from mmkit.fusers import unit_scale
 from mmkit.parts import PartFuser, cell_positions, is_part, normalized_adjacency
 
 IMAGE, TEXT, CELLS, TOKENS = 6, 5, 9, 4
@@ -168,7 +169,9 @@ def test_what_tokens_have_seen_equals_torch_attention_with_a_mask():
         torch_attention.out_proj.weight.copy_(fuser.seen_by_tokens.weight)
         torch_attention.out_proj.bias.copy_(fuser.seen_by_tokens.bias)
         image_nodes, text_nodes = fuser.nodes(images, texts)
-        cells, tokens = image_nodes[:, 1:, :width], text_nodes[:, 1:, :width]
+        images_in, texts_in = fuser.prepare(images, texts)
+        cells = unit_scale(fuser.project_cells(images_in[:, 1:])) * is_part(images[:, 1:])[..., None]
+        tokens = unit_scale(fuser.project_tokens(texts_in[:, 1:])) * is_part(texts[:, 1:])[..., None]
         seen, weights = torch_attention(tokens, cells, cells)
         present = is_part(texts[:, 1:])
         mean = torch.stack([row[kept].mean(dim=0) for row, kept in zip(seen, present, strict=True)])
