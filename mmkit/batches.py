@@ -87,7 +87,8 @@ class _Gather(torch.autograd.Function):
 class Batch(NamedTuple):
     """`images` `(U, image_dim)`, each image once; `texts` `(B + 2·F, text_dim)`: B captions, F false ones, and the F
     true ones that those were made from; `owner` `(B,)`, the row in `images` of each caption's image, and `denied`
-    `(F,)`, that of each false caption's. Images and texts are stacks where the fuser takes parts.
+    `(F,)`, that of each false caption's. Images and texts are stacks where the fuser takes parts;
+    texts are token ids `(…, T)` where it encodes them.
 
     Where processes share the batch, `images` and `texts` are the own ones; `owner` and `denied` are those of all.
     """

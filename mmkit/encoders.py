@@ -30,6 +30,17 @@ class TextOutput(NamedTuple):
     mask: Tensor
 
 
+def pool(tokens: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """Tokens `(B, T, D)`, whose padding has `mask` `(B, T)` 0 → one vector per text `(B, D)`.
+
+    "mean" averages the hidden states of real tokens (the mask keeps padding out); "cls" takes the first token's.
+    """
+    if pooling == "cls":
+        return tokens[:, 0]
+    weight = mask.unsqueeze(-1).to(tokens.dtype)
+    return (tokens * weight).sum(dim=1) / weight.sum(dim=1)
+
+
 class _Frozen(nn.Module):
     """A backbone that stays as it was trained: no gradients, and eval mode whatever a parent's `train()` says.
 
@@ -77,11 +88,7 @@ class ImageEncoder(_Frozen):
 
 
 class TextEncoder(_Frozen):
-    """Token ids and mask, both `(B, T)` → `TextOutput`.
-
-    `pooling="mean"` averages the hidden states of real tokens (the mask keeps padding out); `"cls"` takes the
-    first token's.
-    """
+    """Token ids and mask, both `(B, T)` → `TextOutput`, whose tokens are pooled by "mean" or "cls" (see `pool`)."""
 
     def __init__(
         self, name: str, backbone: nn.Module, dim: int, tokenizer: PreTrainedTokenizerBase, pooling: Pooling = "mean"
@@ -96,12 +103,7 @@ class TextEncoder(_Frozen):
         with torch.inference_mode():
             tokens = self.backbone(input_ids=input_ids, attention_mask=mask).last_hidden_state.float()
         tokens = tokens.clone()
-        if self.pooling == "cls":
-            pooled = tokens[:, 0]
-        else:
-            weight = mask.unsqueeze(-1).to(tokens.dtype)
-            pooled = (tokens * weight).sum(dim=1) / weight.sum(dim=1)
-        return TextOutput(pooled, tokens, mask)
+        return TextOutput(pool(tokens, mask, self.pooling), tokens, mask)
 
 
 @dataclass(frozen=True)

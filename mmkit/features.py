@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .errors import MmkitError
 
 _LARGE = 2**28  # bytes; pages of larger maps are given back after each read
+PADDING = -1  # no token has this id
 Rows = Sequence[int] | np.ndarray | Tensor | slice
 # Array → what it holds, for N images, M captions, C grid cells and T tokens of all distinct captions together.
 ARRAYS = {
@@ -26,6 +28,7 @@ ARRAYS = {
     "grids": "(N, C, image_dim) the cells of the feature map, row by row; optional",
     "tokens": "(T, text_dim) the tokens of the distinct captions; optional, with",
     "token_spans": "(M, 2) where a caption's tokens begin in `tokens`, and their number",
+    "token_ids": "(M, longest) the ids of the captions' tokens, then PADDING; in memory alone, see `tokenized`",
 }
 
 
@@ -43,11 +46,13 @@ def _float32(source: np.ndarray, rows: np.ndarray) -> Tensor:
 
 
 def cat_parts(blocks: Sequence[Tensor]) -> Tensor:
-    """Blocks of vectors `(n, D)` or of stacks `(n, parts, D)` along the first axis; shorter stacks end in zeros."""
-    if blocks[0].ndim == 2:
+    """Blocks of vectors `(n, D)`, of stacks `(n, parts, D)` or of token ids `(n, T)` along the first axis; shorter
+    stacks end in zeros, shorter rows of ids in `PADDING`."""
+    ids = not blocks[0].is_floating_point()
+    if blocks[0].ndim == 2 and not ids:
         return torch.cat(list(blocks))
-    longest = max(block.shape[1] for block in blocks)
-    return torch.cat([F.pad(block, (0, 0, 0, longest - block.shape[1])) for block in blocks])
+    longest, value, behind = max(block.shape[1] for block in blocks), PADDING if ids else 0, [0, 0] * (not ids)
+    return torch.cat([F.pad(block, (*behind, 0, longest - block.shape[1]), value=value) for block in blocks])
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +60,9 @@ class PairedFeatures:
     """Features of some images and of all their captions, read from the store's memory maps when asked for.
 
     `owner[j]` is the row of caption `j`'s image, int64 `(M,)`; `image_ids` `(N,)` are the dataset's. `sources` are
-    the arrays of the whole store (see `ARRAYS`), `image_rows` and `caption_rows` the chosen positions in them; `parts`
-    tells whether items come with their parts (see `with_parts`).
+    the arrays of the whole store (see `ARRAYS`), `image_rows` and `caption_rows` the chosen positions in them; `form`
+    tells what items come as: vectors, stacks of their parts (see `with_parts`), or vectors of images and token ids of
+    captions (see `with_token_ids`).
     """
 
     sources: dict[str, np.ndarray]
@@ -64,23 +70,27 @@ class PairedFeatures:
     caption_rows: np.ndarray
     owner: Tensor
     image_ids: np.ndarray
-    parts: bool = False
+    form: Literal["vectors", "parts", "token_ids"] = "vectors"
 
     def images(self, rows: Rows = slice(None)) -> Tensor:
         """float32 `(n, image_dim)` of these images, by default of all; stacks of parts after `with_parts`."""
         pooled = _float32(self.sources["images"], _at(self.image_rows, rows))
-        return torch.cat([pooled[:, None], self.grids(rows)], dim=1) if self.parts else pooled
+        return torch.cat([pooled[:, None], self.grids(rows)], dim=1) if self.form == "parts" else pooled
 
     def captions(self, rows: Rows = slice(None)) -> Tensor:
-        """float32 `(n, text_dim)` of these captions, by default of all; stacks of parts after `with_parts`."""
+        """float32 `(n, text_dim)` of these captions, by default of all; stacks of parts after `with_parts`, int64
+        `(n, T)` after `with_token_ids`."""
+        if self.form == "token_ids":
+            ids = torch.from_numpy(self.sources["token_ids"][_at(self.caption_rows, rows)]).long()
+            return ids[:, (ids != PADDING).any(dim=0)]
         pooled = _float32(self.sources["captions"], _at(self.caption_rows, rows))
-        if not self.parts:
+        if self.form == "vectors":
             return pooled
         return torch.cat([pooled[:, None], self.tokens(rows)[0]], dim=1)
 
     def vectors(self) -> "PairedFeatures":
-        """The same pairs without their parts."""
-        return replace(self, parts=False)
+        """The same pairs, each item as one vector."""
+        return replace(self, form="vectors")
 
     def with_parts(self) -> "PairedFeatures":
         """The same pairs, each item as a stack of its parts: the pooled vector, then the cells or the tokens.
@@ -90,7 +100,16 @@ class PairedFeatures:
         """
         for name in ("grids", "tokens"):
             self._optional(name)
-        return replace(self, parts=True)
+        return replace(self, form="parts")
+
+    def with_token_ids(self) -> "PairedFeatures":
+        """The same pairs, whose `captions` are the ids of their tokens, int64 `(n, T)`, for an encoder that is trained.
+
+        T is the number of tokens of the longest caption asked for; shorter ones end in `PADDING`. Images stay vectors.
+        """
+        if len(self.sources.get("token_ids", ())) != len(self.sources["captions"]):
+            raise MmkitError("This store holds no token_ids. Remedy: tokenized(features, dataset, preprocessor)")
+        return replace(self, form="token_ids")
 
     def grids(self, rows: Rows = slice(None)) -> Tensor:
         """float32 `(n, cells, image_dim)`: the cells of these images' feature maps, row by row (7 × 7 as a rule)."""

@@ -34,11 +34,12 @@ def resolve_coco_root(root: str | Path) -> Path:
 class Profile:
     """Every setting of a run. Make one with `profile()`; change it there too.
 
-    `skip_missing` leaves out images whose picture file is not there, which otherwise is an error;
-    `max_tokens` counts word pieces with [CLS] and [SEP]; fractions are of images; `neighbours`
-    is k of the k-nearest-neighbour graph; the settings that begin with `part_` are those of fusers that take an item's
-    parts, whose steps cost more; `learning_rate` is AdamW's peak; training ends after `patience`
-    epochs without a lower validation loss, where that is not 0.
+    `image_size` is the side of the square that an encoder sees, in pixels, 0 for its own, and `squash` shows it the
+    whole picture, deformed, instead of the centre; `skip_missing` leaves out images whose picture file is not there,
+    which otherwise is an error; `max_tokens` counts word pieces with [CLS] and [SEP]; fractions are of images;
+    `neighbours` is k of the k-nearest-neighbour graph; the settings that begin with `part_` are those of fusers that
+    take an item's parts, whose steps cost more; `learning_rate` is AdamW's peak; training ends after `patience` epochs
+    without a lower validation loss, where that is not 0.
     """
 
     name: str
@@ -49,6 +50,8 @@ class Profile:
     scene_count: int = 1500
     scene_seed: int = 0
     image_encoder: str = "efficientnet-lite0"
+    image_size: int = 0
+    squash: bool = False
     text_encoder: str = "minilm-l6"
     pooling: str = "mean"
     max_tokens: int = 64

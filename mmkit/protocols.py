@@ -17,6 +17,7 @@ from .features import FalseCaptions, PairedFeatures
 from .fusers import PairFuser
 from .metrics import CUTS, DIRECTIONS, Interval, Spread, bootstrap, mean_and_deviation, rows_at_a_time
 from .shortlist import pair_logits
+from .tuning import token_ids
 
 _ECCV_DEPTH = 50  # an image has up to 48 positives, of which R-precision looks at the first 48
 _ECCV_FIGURES = ("eccv_r1", "eccv_map_at_r", "eccv_rprecision", "coco_5k_recalls", "cxc_recalls")
@@ -85,6 +86,8 @@ def _as_features(
     if "tokens" in sources:
         spans = np.stack([np.concatenate([[0], ends[:-1]]), np.diff(ends, prepend=0)], axis=1)
         sources |= {"tokens": torch.cat(tokens).numpy().astype(kind), "token_spans": spans}
+    if "token_ids" in sources:
+        sources |= {"token_ids": token_ids(texts, encoders.preprocessor)}
     owner = torch.as_tensor(images, dtype=torch.long)
     return replace(features, sources=sources, caption_rows=np.arange(len(texts)), owner=owner)
 

