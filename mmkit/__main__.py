@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -15,6 +16,8 @@ import mmkit
 from mmkit.course import run_course
 from mmkit.data import SPLITS
 from mmkit.facts import FACTS
+
+_PATIENCE = 10  # seconds in which a launcher ends the other processes after the main one
 
 
 def _settings(arguments: argparse.Namespace) -> mmkit.Profile:
@@ -29,7 +32,7 @@ def _load(profile: mmkit.Profile, **optional: bool) -> tuple[mmkit.CaptionDatase
     if faults := Counter(fault.kind for fault in dataset.faults):
         counted = ", ".join(f"{count:,} {kind}" for kind, count in faults.items())
         print(f"records with faults: {counted}; see: python -m mmkit check", file=sys.stderr)
-    encoders = mmkit.load_encoders(profile.image_encoder, profile.text_encoder, profile.pooling, profile.max_tokens)
+    encoders = mmkit.encoders_of(profile)
     return dataset, encoders, mmkit.extract_features(dataset, encoders, profile.cache, profile.precision, **optional)
 
 
@@ -127,11 +130,12 @@ def train(arguments: argparse.Namespace) -> int:
         false = mmkit.false_captions(dataset, parts["train"], encoders, arguments.false, (1, 2), profile.precision)
     fuser = mmkit.build_fuser(arguments.fuser, profile, *parts["train"].dims)
     state = arguments.out.with_name(f"{arguments.out.name}.state")  # the same command goes on from here
-    history = mmkit.fit_profile(fuser, parts["train"], parts["val"], profile, state, false)
+    history = mmkit.fit_profile(fuser, parts["train"], parts["val"], profile, state, false, arguments.accumulate)
     if not PartialState().is_main_process:  # of the processes of torchrun or accelerate launch
         return 0
     thresholds = mmkit.choose_thresholds(fuser, parts["val"], profile.seed)
-    mmkit.save_checkpoint(arguments.out, fuser, arguments.fuser, profile, thresholds, history, _weights(encoders))
+    found = (thresholds, history, _weights(encoders), parts["train"])
+    mmkit.save_checkpoint(arguments.out, fuser, arguments.fuser, profile, *found)
     state.unlink(missing_ok=True)
     best = history.rows[history.best_epoch]
     closed = "gradient_steps" in best
@@ -142,6 +146,8 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
+    from accelerate import PartialState
+
     fuser, training = mmkit.load_checkpoint(arguments.checkpoint)
     known = {field.name for field in fields(mmkit.Profile)}
     trained = {key: value for key, value in training["profile"].items() if key in known}
@@ -156,6 +162,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         raise mmkit.MmkitError(
             f"{arguments.checkpoint} was trained on features of other encoder weights. Remedy: train again."
         )
+    if not PartialState().is_main_process:  # processes share the extraction; one judges
+        return 0
     features = _split(profile, dataset, store, arguments.split)
     report = mmkit.report_json(
         features,
@@ -180,6 +188,12 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"profile {profile.name}: {len(dataset):,} images, {len(dataset.captions):,} captions", flush=True)
     run_course(arguments.notebooks, arguments.out, profile, arguments.only, arguments.in_place)
     return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    from mmkit.planning import plan as planned
+
+    return planned(arguments)
 
 
 def results(arguments: argparse.Namespace) -> int:
@@ -235,6 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--epochs", type=int)
     one.add_argument("--seed", type=int)
     one.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="gradients of so many batches make one step (default: 1)"
+    )
+    one.add_argument(
         "--false",
         nargs="+",
         default=(),
@@ -256,11 +273,25 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--notebooks", type=Path, default=Path("notebooks"), metavar="DIR")
     one.add_argument("--out", type=Path, default=Path("build"), metavar="DIR")
     one.add_argument("--in-place", action="store_true", help="write the executed notebooks over the sources")
+    one = command("plan", "what a full run takes: time, memory and disk", "plan --images 20000 --captions 100000")
+    one.add_argument("--measure", action="store_true", help="measure this machine anew first (some minutes)")
+    one.add_argument("--out", type=Path, default=Path("notebooks/planning.json"), metavar="FILE", help="with --measure")
+    for name in ("images", "captions", "held-out", "epochs", "part-epochs", "gpus"):
+        one.add_argument(f"--{name}", type=int, metavar="N")
     one = command("results", "take the runs behind the course's tables, and write them", "results --only losses")
     one.add_argument("--only", nargs="+", default=(), metavar="NAME", help="experiments whose name begins so")
     one.add_argument("--seeds", type=int, metavar="N", help="seeds of each variant (default: 5)")
     one.add_argument("--out", type=Path, default=Path("notebooks/results"), metavar="DIR")
     return parser
+
+
+def _print_error(error: mmkit.MmkitError) -> None:
+    """Print it once for a job: a process beside the main one waits to be ended, and if not, it alone has failed."""
+    rank, process = os.environ.get("RANK", "0"), ""
+    if rank != "0":
+        time.sleep(_PATIENCE)
+        process = f"process {rank} of {os.environ.get('WORLD_SIZE', '?')}: "
+    print(f"mmkit: {process}{error}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -271,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise mmkit.MmkitError(f"No fuser {parsed.fuser!r}. Valid names: {', '.join(mmkit.FUSERS)}")
         return parsed.command(parsed)
     except mmkit.MmkitError as error:
-        print(f"mmkit: {error}", file=sys.stderr)
+        _print_error(error)
         return 2
     except KeyboardInterrupt:
         print("\nmmkit: interrupted. The same command goes on where it can.", file=sys.stderr)

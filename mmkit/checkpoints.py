@@ -10,7 +10,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from .cards import model_card
 from .errors import MissingFile, MmkitError
+from .features import PairedFeatures
 from .fusers import PairFuser
 from .profiles import Profile
 from .training import FUSERS, History
@@ -30,12 +32,15 @@ def save_checkpoint(
     thresholds: dict[str, float],
     history: History,
     weights: dict[str, str],
+    train: PairedFeatures | None = None,
+    report: dict | None = None,
 ) -> Path:
-    """Write `model.safetensors`, `config.json` and `training.json` into `folder`, whole or not at all.
+    """Write `model.safetensors`, `config.json`, `training.json` and a model card into `folder`, whole or not at all.
 
     `thresholds` are the match logits chosen on the validation split, per kind of negatives; `weights` the digests
-    of the encoders. An earlier checkpoint of that name is replaced; any other folder is left alone. On a full disk the
-    earlier one stays, and the error says so.
+    of the encoders. The card, `README.md`, also tells the size of `train`, the training split, and the figures of an
+    evaluation, a `report` of `report_json`. An earlier checkpoint of that name is replaced; any other folder is left
+    alone. On a full disk the earlier one stays, and the error says so.
     """
     folder = Path(folder)
     check_free_for_checkpoint(folder)
@@ -47,9 +52,12 @@ def save_checkpoint(
         "weights": weights,
         "history": asdict(history),
     }
+    if train is not None:
+        training["train"] = {"images": len(train.image_rows), "captions": len(train.owner)}
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
+        model_card(fuser, training, report).save(beside / "README.md")
         fuser.save_pretrained(beside)
         (beside / "training.json").write_text(json.dumps(training, indent=1))
         beside.chmod(0o755)

@@ -80,6 +80,9 @@ class PairFuser(nn.Module, PyTorchModelHubMixin, library_name="mmkit", license="
     `feature_dropout` drops input features in training, which small datasets need most (FuseMix, Vouitsis et al.
     2024, drops 0.6).
 
+    `push_to_hub` sends weights and sizes alone; a checkpoint goes whole, with its card and thresholds, by
+    `hf upload OWNER/NAME FOLDER`.
+
     `transductive` tells whether a pair's logit depends on the other members of the pool; `takes_parts` whether the
     fuser takes stacks of an item's parts, as `PairedFeatures.with_parts` gives them, for vectors.
     """

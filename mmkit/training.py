@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def fit_profile(
     profile: Profile,
     state: Path | None = None,
     false: FalseCaptions | None = None,
+    accumulate: int = 1,
 ) -> "History":
     """`fit` with the profile's settings. A closed form is solved: its history is one row, with 0 gradient steps."""
     if isinstance(fuser, RegularizedCCA):
@@ -86,7 +88,7 @@ def fit_profile(
     settings = {name: getattr(profile, name) for name in (*names, "patience", "seed")}
     if fuser.takes_parts:
         settings |= {name: getattr(profile, f"part_{name}") for name in ("batch_size", "epochs", "learning_rate")}
-    return fit(fuser, train, validation, **settings, state=state, false=false)
+    return fit(fuser, train, validation, **settings, accumulate=accumulate, state=state, false=false)
 
 
 class _PairLosses(nn.Module):
@@ -156,8 +158,10 @@ def _weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def _mixed_precision() -> str:
-    """What Accelerate computes in: half precision where the device has it, as GPUs do."""
+def _mixed_precision() -> str | None:
+    """What Accelerate computes in: what its launcher says, else half precision where the device has it, as GPUs do."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return None  # Accelerate reads it where it is given nothing
     if not torch.cuda.is_available():
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
@@ -186,7 +190,8 @@ def fit(
     AdamW with a peak of `learning_rate`, a tenth of the steps as warm-up, then cosine annealing; gradients are
     clipped to norm `clip`. Input features are standardised by the training set's statistics. With `patience` the
     training ends after so many epochs without a lower validation loss. The device, the processes and, on a GPU,
-    half precision are Accelerate's. A loss that is not finite stops with the step, the images and advice.
+    half precision are Accelerate's: what its launcher or its environment variables say wins, for the precision as for
+    `accumulate`. A loss that is not finite stops with the step, the images and advice.
 
     The processes of a job (torchrun, accelerate launch) share each batch: `batch_size` is that of all together, the
     contrastive loss sees all its pairs, and without dropout, which each process draws for itself, losses and weights
@@ -217,6 +222,9 @@ def fit(
         gradient_accumulation_steps=accumulate,
         dataloader_config=DataLoaderConfiguration(split_batches=True),  # the schedule counts batches of all processes
     )
+    accumulate = accelerator.gradient_accumulation_steps  # a launcher's number wins
+    if accumulate < 1:
+        raise MmkitError(f"accumulate is {accumulate}; a step takes at least one batch.")
     share = Share(accelerator.process_index, accelerator.num_processes)
     losses, order = _PairLosses(fuser, share), Order(len(train.owner), seed)
     batches = PairBatches(train, false, losses.split)

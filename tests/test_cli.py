@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from huggingface_hub import ModelCard
 
 import mmkit
 from mmkit.__main__ import _parser, main
@@ -234,6 +236,29 @@ def test_the_fusers_that_the_help_names_are_those_that_there_are(capsys):
     assert all(name in said for name in mmkit.FUSERS)
 
 
+@pytest.mark.parametrize("name", ["mlp", "region-word"])
+def test_the_code_of_a_model_card_loads_and_scores(name, checkpoints, coco, tmp_path):
+    card = ModelCard.load(checkpoints[name] / "README.md")
+    assert "60 images and 300 captions" in card.text and not re.search(r"\{\{|/home|/tmp|\[More", card.text)
+    code = re.search(r"```python\n(.+?)```", card.text, re.DOTALL)[1]
+    found: dict = {}
+    exec(code.replace("CHECKPOINT", str(checkpoints[name])).replace("PHOTOS", str(coco)), found)
+    assert found["scores"].shape == (88, 440)
+    fuser, features = found["fuser"], found["features"]
+    own = found["scores"][features.owner, torch.arange(440)]
+    assert own.mean() > found["scores"].mean() and type(fuser) is mmkit.FUSERS[name]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_train_accumulates_as_many_batches_as_asked(coco, tmp_path, accumulate, monkeypatch):
+    seen = []
+    monkeypatch.setattr(mmkit.training, "fit", lambda *_, **given: seen.append(given["accumulate"]) or mmkit.History())
+    options = ["--coco-root", str(coco), "--out", str(tmp_path / "run")]
+    with pytest.raises(IndexError):  # nothing was trained
+        main(["train", *options, *([] if accumulate == 1 else ["--accumulate", "3"])])
+    assert seen == [accumulate]
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -288,6 +313,17 @@ def test_scenes_are_not_drawn_over_other_files(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert "holds other files" in refused(capsys, "scenes", tmp_path, "--count", "2")
     assert "count is 0" in refused(capsys, "scenes", tmp_path / "new", "--count", "0")
+
+
+def test_a_process_that_alone_has_failed_says_which_it_is(tmp_path, capsys, monkeypatch):
+    waited = []
+    monkeypatch.setattr("mmkit.__main__.time.sleep", waited.append)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    said = refused(capsys, "check", tmp_path / "nowhere")
+    assert said.startswith("mmkit: process 1 of 2: ") and "Remedy" in said and waited[0] > 1
+    monkeypatch.setenv("RANK", "0")
+    assert refused(capsys, "check", tmp_path / "nowhere").startswith("mmkit: There is no folder") and len(waited) == 1
 
 
 def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path, capsys, monkeypatch):

@@ -76,12 +76,16 @@ def trained(name: str, fuser: PairFuser | None = None, **changes: object) -> tup
 
 def run(*arguments: object, processes: int = 0, dies: bool = False, **variables: str) -> str:
     """What this file prints as a script, alone or as one job of several processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(launcher if processes else []), __file__, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = launched([__file__, *map(str, arguments)], processes, variables)
     assert bool(done.returncode) == dies, done.stderr
     return done.stdout
+
+
+def launched(command: list[str], processes: int, variables: dict[str, str]) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(launcher if processes else []), *command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 
 # --- what the processes do -----------------------------------------------------------------------
@@ -233,6 +237,13 @@ def test_two_processes_write_one_checkpoint_and_one_message(both):
     assert printed.count("saved as") == printed.count("validation loss") == 1
     assert not (folder / "cli.state").exists()
     assert len(mmkit.load_checkpoint(folder / "cli")[1]["history"]["rows"]) == 1
+
+
+def test_a_job_says_once_what_is_wrong(tmp_path):
+    done = launched(["-m", "mmkit", "check", str(tmp_path / "nowhere")], 2, {})
+    said = [line for line in done.stderr.splitlines() if "mmkit: " in line]
+    assert done.returncode and done.stdout == ""
+    assert len(said) == 1 and str(tmp_path / "nowhere") in said[0] and "Remedy: " in said[0]
 
 
 # --- shares --------------------------------------------------------------------------------------

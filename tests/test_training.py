@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
 from torch import Tensor
 
 import mmkit
@@ -34,7 +36,7 @@ from mmkit import (
 from mmkit.batches import Order, PairBatches
 from mmkit.fusers import PairFuser, unit_scale
 from mmkit.losses import sample_negatives
-from mmkit.training import _PairLosses, _warmup_cosine, _weight_groups, fit_profile, validation_losses
+from mmkit.training import _mixed_precision, _PairLosses, _warmup_cosine, _weight_groups, fit_profile, validation_losses
 
 IMAGE_DIM, TEXT_DIM, CAPTIONS = 24, 16, 2
 
@@ -226,8 +228,9 @@ def test_fit_profile_passes_every_setting_of_the_profile(monkeypatch):
     monkeypatch.setattr(mmkit.training, "fit", lambda *_, **settings: given.update(settings))
     chosen = {"epochs": 3, "batch_size": 7, "learning_rate": 0.5, "weight_decay": 0.25, "seed": 9}
     chosen |= {"contrastive_weight": 2.0, "matching_weight": 3.0, "patience": 4}
-    fit_profile(small_mlp(), learnable(10, 0), learnable(5, 1), mmkit.profile("mini", **chosen), Path("kept.state"))
-    assert given == chosen | {"state": Path("kept.state"), "false": None}
+    pairs, profile = (learnable(10, 0), learnable(5, 1)), mmkit.profile("mini", **chosen)
+    fit_profile(small_mlp(), *pairs, profile, Path("kept.state"), accumulate=5)
+    assert given == chosen | {"state": Path("kept.state"), "false": None, "accumulate": 5}
     parts = mmkit.RegionWordGNN(IMAGE_DIM, TEXT_DIM, 8)
     fit_profile(
         parts,
@@ -368,6 +371,59 @@ def test_accumulated_batches_make_one_step_of_their_mean_gradient(monkeypatch):
     torch.testing.assert_close(gradients[0], fresh.project_images.weight.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_launchers_accumulation_is_that_of_the_argument_and_its_schedule_ends_at_zero(monkeypatch, tmp_path):
+    ended, state = [], tmp_path / "run.state"
+    build = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **kwargs: ended.append(build(*args, **kwargs)) or ended[-1])
+
+    def trained(**changes: object) -> tuple[History, dict[str, Tensor]]:
+        fuser = small_mlp()  # 5 batches an epoch
+        settings = {"epochs": 3, "batch_size": 16, "learning_rate": 0.01} | changes
+        return fit(fuser, learnable(40, 0), learnable(20, 1), **settings), weights(fuser)
+
+    (one, _), (expected, kept) = trained(), trained(accumulate=3, state=state)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    for told in ({}, {"accumulate": 2}, {"state": state}):
+        history, found = trained(**told)
+        assert history == expected != one and equal(found, kept)
+    rates = [group["lr"] for optimizer in ended for group in optimizer.param_groups]
+    assert len(rates) == 10 and rates == pytest.approx([0.0] * 10, abs=1e-9)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(MmkitError, match="another training"):
+        trained(accumulate=3, state=state)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "0")
+    with pytest.raises(MmkitError, match="accumulate is 0"):
+        trained()
+
+
+@pytest.fixture
+def new_accelerate() -> Iterator[None]:
+    """Accelerate keeps what it was told first for as long as a process lives."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@BOTH
+def test_a_launchers_precision_is_computed_in(make, new_accelerate, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    seen, fuser = set(), make()
+    fuser.match_head.register_forward_hook(lambda head, given, made: seen.add(made.dtype) if head.training else None)
+    loss = fit(fuser, learnable(40, 0), learnable(20, 1), epochs=2, **QUICK).column("loss")
+    assert seen == {torch.bfloat16} and {value.dtype for value in fuser.state_dict().values()} == {torch.float32}
+    assert loss[1] < loss[0]
+
+
+@pytest.mark.parametrize("device, default", [((False, False), "no"), ((True, False), "fp16"), ((True, True), "bf16")])
+def test_half_precision_is_the_default_of_devices_that_have_it_and_no_more(device, default, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    for name, answer in zip(("is_available", "is_bf16_supported"), device, strict=True):
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    assert _mixed_precision() == default
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert _mixed_precision() is None
+
+
 def test_hard_negatives_come_in_over_the_first_half_of_the_steps(monkeypatch):
     seen = []
 
@@ -502,6 +558,62 @@ def test_a_checkpoint_gives_back_the_fuser_and_all_that_was_chosen(name, make, t
     assert training["history"] == {"rows": [{"loss": 1.5, "validation_loss": 2.5}], "best_epoch": 0}
     assert training["profile"]["epochs"] == 3 and not training["profile"].keys() & {"cache", "coco_root"}
     assert [path.name for path in folder.parent.iterdir()] == ["first"]
+
+
+@pytest.mark.parametrize("name", FUSERS)
+def test_every_fuser_scores_the_same_after_a_checkpoint_and_has_a_card_of_its_own(name, tmp_path):
+    profile = mmkit.profile("mini", fusion_dim=32, hidden_dim=32, part_dim=32, heads=4)
+    fuser = mmkit.build_fuser(name, profile, IMAGE_DIM, TEXT_DIM).eval()
+    features = fuser.view(learnable(50, 0))
+    if name == "cca":
+        fuser.solve(features)
+    else:
+        fuser.observe(features)
+    folder = save(tmp_path / "run", fuser, name)
+    loaded, _ = load_checkpoint(folder)
+    with torch.inference_mode():
+        scores = [one.score(features.images(), features.captions()) for one in (fuser, loaded)]
+    assert equal(fuser.state_dict(), loaded.state_dict())
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-5)  # sums depend on where the weights lie in memory
+    text = ModelCard.load(folder / "README.md").text
+    assert type(fuser).__doc__.splitlines()[0] in text
+    assert ("depends on the other images" in text) == fuser.transductive
+    assert ("grids=True, tokens=True" in text) == ("the image's cells" in text) == fuser.takes_parts
+
+
+def test_a_model_card_names_what_the_checkpoint_was_made_of(tmp_path):
+    fuser, train, validation = small_mlp(), learnable(1200, 0), learnable(20, 1)
+    thresholds = mmkit.choose_thresholds(fuser, validation)
+    report = mmkit.report_json(
+        validation, mmkit.matching_report(fuser, validation, thresholds), retrieval_report(fuser, validation)
+    )
+    profile = mmkit.profile(
+        "photos", text_encoder=f"hf:{tmp_path}/own-bert", pooling="cls", max_tokens=33, split_seed=7, val_fraction=0.125
+    )
+    history = History([{"validation_loss": value} for value in (3.0, 2.03125, 2.5)], 1)
+    given = {"efficientnet-lite0": "ab" * 32, profile.text_encoder: "cd" * 32}
+    folder = save_checkpoint(tmp_path / "run", fuser, "mlp", profile, thresholds, history, given, train, report)
+    card = ModelCard.load(folder / "README.md")
+    rows = [line.strip("| ").split(" | ") for line in card.text.splitlines() if line.startswith("| ")]
+    assert ["images", "efficientnet-lite0", "24", "ab" * 32] in rows
+    assert ["captions", "hf:own-bert, cls of ≤ 33 tokens", "16", "cd" * 32] in rows
+    for words in ("1,200 images and 2,400 captions", "seed 7", "0.125 for", "3 epochs", "epoch 2,", "2.0312 ="):
+        assert words in card.text
+    shown = {row[0]: row[1:] for row in rows}
+    assert shown["hard: the nearest caption of another image"] == [f"{thresholds['hard']:.4f}"]
+    assert "On 20 images with 40 captions" in card.text
+    recall, interval = report["retrieval"]["text_to_image"]["r5"], report["intervals"]["retrieval"]["text_to_image.r5"]
+    assert shown["text→image R@5"] == [f"{recall:.3f}", f"{interval['low']:.3f} to {interval['high']:.3f}"]
+    assert shown["ROC-AUC, random negatives 1:1"][0] == f"{report['matching']['random']['roc_auc']:.3f}"
+    assert str(tmp_path) not in card.content and "{%" not in card.content and "[More" not in card.content
+
+    data = card.data
+    assert (data.library_name, data.license, data.language, data.datasets) == ("mmkit", "mit", "en", ["imagefolder"])
+    assert {"image-text-matching", "pytorch_model_hub_mixin"} <= {*data.tags} and data.model_name == "mlp"
+    indexed = {one.metric_name: one.metric_value for one in data.eval_results}
+    assert len(indexed) == 12 and indexed["text→image R@5"] == recall
+    plain = ModelCard.load(save(tmp_path / "plain", fuser) / "README.md")
+    assert plain.data.eval_results is None and "Figures" not in plain.text and "1,500 scenes drawn" in plain.text
 
 
 def test_a_checkpoint_replaces_an_older_one_whole(tmp_path):
