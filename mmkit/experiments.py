@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,14 @@ from .questions import EXPERIMENTS, Experiment, Variant
 from .results import FOLDER, Results, Run, read_results, results_section, with_section, write_results, write_whole
 from .scenes import SCENES_VERSION
 from .training import FUSERS, build_fuser, fit_profile
-from .zoo import load_encoders
+from .tuning import LoRATextFuser, tokenized
+from .zoo import encoders_of
 
 _PROFILES = {"scenes": "mini", "photos": "photos"}
 _NEGATIVES_SEED = 0  # one for all runs: variants and seeds are judged on the same pairs
 _PACKAGES = ("mmkit", "torch", "transformers", "timm", "torch-geometric")
+# Settings that are no condition, or stand elsewhere among the conditions.
+_OWN = {"cache", "coco_root", "seed", "data", "scene_count", "scene_seed"}
 # Modules that no figure depends on.
 _OTHER_CODE = {
     "__init__",
@@ -45,6 +48,7 @@ _OTHER_CODE = {
     "course",
     "download",
     "galleries",
+    "planning",
     "plots",
     "questions",
     "results",
@@ -56,14 +60,25 @@ _OTHER_CODE = {
 
 @dataclass(frozen=True, eq=False)
 class _Material:
-    """The profile of an experiment, the features of each split, the false captions of the test images, and those of
-    the training images by the facts that a variant learns from."""
+    """The profile and its encoders, the features of each split, the false captions of the test images, and those of the
+    training images by the facts that a variant learns from; the texts of all captions."""
 
     profile: Profile
+    encoders: Encoders
     made_from: dict[str, Any]
     splits: dict[str, PairedFeatures]
     changed: dict[str, tuple[DiagnosticNegatives, PairedFeatures]]
     false: dict[tuple[str, ...], FalseCaptions]
+    captions: Sequence[str]
+
+    def tokenized(self) -> "_Material":
+        """The same with the token ids of all captions that fusers are judged on or learn from without false ones."""
+        preprocessor = self.encoders.preprocessor
+        splits = {name: tokenized(part, self.captions, preprocessor) for name, part in self.splits.items()}
+        changed = {
+            fact: (pairs, tokenized(found, pairs.texts, preprocessor)) for fact, (pairs, found) in self.changed.items()
+        }
+        return replace(self, splits=splits, changed=changed)
 
 
 _Loaded = tuple[CaptionDataset, Encoders, FeatureStore]
@@ -71,13 +86,16 @@ _Loaded = tuple[CaptionDataset, Encoders, FeatureStore]
 
 def _load(settings: Profile, parts: bool) -> _Loaded:
     dataset = load_dataset(settings)
-    encoders = load_encoders(settings.image_encoder, settings.text_encoder, settings.pooling, settings.max_tokens)
+    encoders = encoders_of(settings)
     store = extract_features(dataset, encoders, settings.cache, settings.precision, grids=parts, tokens=parts)
     return dataset, encoders, store
 
 
-def _material(experiment: Experiment, settings: Profile, load: Callable[[Profile, bool], _Loaded]) -> _Material:
-    parts = any(FUSERS[variant.fuser].takes_parts for variant in experiment.variants.values())
+def _material(
+    experiment: Experiment, settings: Profile, load: Callable[[Profile, bool], _Loaded], variants: list[Variant]
+) -> _Material:
+    """What these variants of an experiment are trained and judged on."""
+    parts = any(FUSERS[variant.fuser].takes_parts for variant in variants)
     dataset, encoders, store = load(settings, parts)
     if experiment.unseen:
         share = experiment.unseen / max(1, len(dataset) - sum(map(bool, dataset.given_splits)))
@@ -94,9 +112,9 @@ def _material(experiment: Experiment, settings: Profile, load: Callable[[Profile
         changed = diagnostic_pairs(dataset, splits["test"], encoders, precision=settings.precision)
     false = {
         facts: false_captions(dataset, splits["train"], encoders, facts, precision=settings.precision)
-        for facts in {variant.false for variant in experiment.variants.values()} - {()}
+        for facts in {variant.false for variant in variants} - {()}
     }
-    return _Material(settings, store.manifest, splits, changed, false)
+    return _Material(settings, encoders, store.manifest, splits, changed, false, dataset.captions)
 
 
 def _machine() -> str:
@@ -104,8 +122,17 @@ def _machine() -> str:
     return f"{device}, {os.cpu_count()} cores, {platform.machine()}"
 
 
-def _conditions(material: _Material) -> dict[str, Any]:
-    """All that the figures of an experiment depend on besides variant, seed and code, as JSON holds it; no path."""
+def _features(material: _Material) -> dict[str, Any]:
+    """What a material's features were made from."""
+    made_from = material.made_from.keys() - {"dataset", "sha256", "grids", "tokens"}
+    return {key: material.made_from[key] for key in sorted(made_from)}
+
+
+def _conditions(material: _Material, others: dict[str, _Material]) -> dict[str, Any]:
+    """All that the figures of an experiment depend on besides variant, seed and code, as JSON holds it; no path.
+
+    `others` are the materials of the variants with features of their own.
+    """
     settings, sizes = material.profile, {}
     for name, part in material.splits.items():
         sizes[name] = {"images": len(part.image_rows), "captions": len(part.owner)}
@@ -113,12 +140,13 @@ def _conditions(material: _Material) -> dict[str, Any]:
     data |= {key: sum(size[key] for size in sizes.values()) for key in ("images", "captions")}
     if settings.data == "scenes":
         data |= {"count": settings.scene_count, "seed": settings.scene_seed, "version": SCENES_VERSION}
-    own = {"cache", "coco_root", "seed", "data", "scene_count", "scene_seed"}
-    made_from = material.made_from.keys() - {"dataset", "sha256", "grids", "tokens"}
+    features = {"features": _features(material)}
+    if others:
+        features["other_features"] = {name: _features(other) for name, other in others.items()}
     return {
         "data": data,
         "splits": {"seed": settings.split_seed, "sizes": sizes},
-        "features": {key: material.made_from[key] for key in sorted(made_from)},
+        **features,
         "protocol": {
             "negatives": f"{' and '.join(NEGATIVES)}, 1:1",
             "negatives_seed": _NEGATIVES_SEED,
@@ -126,7 +154,7 @@ def _conditions(material: _Material) -> dict[str, Any]:
             "pool": "all images and captions of test",
             "changed_captions": {fact: len(pairs.texts) for fact, (pairs, _) in material.changed.items()},
         },
-        "profile": {key: value for key, value in asdict(settings).items() if key not in own},
+        "profile": {key: value for key, value in asdict(settings).items() if key not in _OWN},
         "machine": _machine(),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in _PACKAGES},
@@ -177,23 +205,38 @@ def _measure(fuser: PairFuser, material: _Material) -> dict[str, float]:
 def _run(variant: Variant, seed: int, material: _Material) -> tuple[float, dict[str, float]]:
     """Train and judge once: the seconds of training, and the figures."""
     settings = replace(material.profile, **variant.settings, seed=seed)
-    train, val = material.splits["train"], material.splits["val"]
-    fuser = build_fuser(variant.fuser, settings, *train.dims, **variant.arguments)
-    # processor time, since other programs on the machine do not add to it; it does not see a GPU's work
-    clock = time.perf_counter if torch.accelerator.is_available() else time.process_time
-    start = clock()
-    fit_profile(fuser, train, val, settings, false=material.false.get(variant.false))
-    seconds = clock() - start
+    fuser = build_fuser(variant.fuser, settings, *material.splits["train"].dims, **variant.arguments)
+    seconds = _train(fuser, material, settings, variant.false)
+    if variant.lora:
+        material, settings = material.tokenized(), replace(settings, **variant.tuning)
+        fuser = LoRATextFuser(fuser, material.encoders.text, variant.lora)
+        seconds += _train(fuser, material, settings)
     if variant.corrected:
         fuser = HubnessCorrected(fuser, variant.corrected)
     return seconds, _measure(fuser, material)
+
+
+def _train(fuser: PairFuser, material: _Material, settings: Profile, false: tuple[str, ...] = ()) -> float:
+    # processor time, since other programs on the machine do not add to it; it does not see a GPU's work
+    clock = time.perf_counter if torch.accelerator.is_available() else time.process_time
+    start, splits = clock(), material.splits
+    fit_profile(fuser, splits["train"], splits["val"], settings, false=material.false.get(false))
+    return clock() - start
+
+
+def _as_of_today(old: Results) -> Results:
+    """Settings that did not exist yet when it was written get their defaults, which are what was done then."""
+    defaults = {field.name: field.default for field in fields(Profile) if field.default is not MISSING}
+    profile = {key: value for key, value in defaults.items() if key not in _OWN} | old.conditions.get("profile", {})
+    variants = {name: json.loads(json.dumps(asdict(Variant(**settings)))) for name, settings in old.variants.items()}
+    return replace(old, conditions=old.conditions | {"profile": profile}, variants=variants)
 
 
 def _kept(path: Path, fresh: Results) -> Results:
     """`fresh` with the runs of the file whose conditions are still the same; a line says what is not."""
     if not path.is_file():
         return fresh
-    old = read_results(path)
+    old = _as_of_today(read_results(path))
     if changed := [key for key in fresh.conditions if old.conditions.get(key) != fresh.conditions[key]]:
         print(f"{fresh.name}: other {', '.join(changed)} than in {path.name}; it starts anew", flush=True)
         return fresh
@@ -223,11 +266,20 @@ def run_experiment(
     if settings.data == "folder" and settings.coco_root is None:
         print(f"{experiment.name}: skipped, it needs photos. Remedy: set MMKIT_COCO_ROOT", flush=True)
         return None
-    material, path = _material(experiment, settings, load), folder / f"{experiment.name}.json"
+    alike: dict[str, list[str]] = {}  # the variants by what their features are made from
+    for name, variant in experiment.variants.items():
+        alike.setdefault(json.dumps(variant.encoding, sort_keys=True), []).append(name)
+    of: dict[str, _Material] = {}
+    for names in alike.values():
+        variants = [experiment.variants[name] for name in names]
+        material = _material(experiment, replace(settings, **variants[0].encoding), load, variants)
+        of |= dict.fromkeys(names, material)
+    others = {name: of[name] for name in of if experiment.variants[name].encoding}
+    path = folder / f"{experiment.name}.json"
     fresh = Results(
         **{key: getattr(experiment, key) for key in ("name", "question", "reference", "columns", "compared")},
         command=f"python -m mmkit results --only {experiment.name}",
-        conditions=_conditions(material),
+        conditions=_conditions(of[experiment.reference], others),
         variants=json.loads(json.dumps({name: asdict(variant) for name, variant in experiment.variants.items()})),
     )
     results = _kept(path, fresh)
@@ -236,7 +288,7 @@ def run_experiment(
     print(f"{experiment.name}: {len(todo)} runs to take, {len(done)} taken before", flush=True)
     for name, seed in todo:
         start = time.perf_counter()
-        seconds, figures = _run(experiment.variants[name], seed, material)
+        seconds, figures = _run(experiment.variants[name], seed, of[name])
         run = Run(name, seed, code, round(seconds, 3), figures)
         runs = sorted((*results.runs, run), key=lambda run: (run.seed, names.index(run.variant)))
         results = replace(results, runs=tuple(runs))

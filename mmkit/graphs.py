@@ -17,11 +17,18 @@ with warnings.catch_warnings():  # torch-geometric 2.8 scripts a function at imp
     from torch_geometric.nn import GCNConv, GraphConv, HeteroConv, SAGEConv
 
 EDGES = ("cosine", "mutual", "attention", "none")
+PROJECTIONS = ("mlp", "linear")
 RELATIONS = (("image", "near", "image"), ("text", "near", "text"), ("image", "like", "text"), ("text", "like", "image"))
 
 
-def _projections(image_dim: int, text_dim: int, hidden_dim: int, dropout: float) -> tuple[nn.Module, nn.Module]:
-    """An MLP per modality to the common width."""
+def _projections(
+    image_dim: int, text_dim: int, hidden_dim: int, dropout: float, projection: str = "mlp"
+) -> tuple[nn.Module, nn.Module]:
+    """An MLP or a single layer per modality to the common width."""
+    if projection not in PROJECTIONS:
+        raise MmkitError(f"No projection {projection!r}. Valid names: {', '.join(PROJECTIONS)}")
+    if projection == "linear":
+        return nn.Linear(image_dim, hidden_dim), nn.Linear(text_dim, hidden_dim)
     return tuple(
         nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden_dim, hidden_dim))
         for dim in (image_dim, text_dim)
@@ -148,7 +155,8 @@ class Bank(nn.Module):
 class MultimodalGNN(PairFuser):
     """System B: images and texts as nodes, a GCN per modality, multi-head attention across the modalities.
 
-    1. An MLP maps each modality to `hidden_dim`, as the article's readers ask.
+    1. An MLP maps each modality to `hidden_dim`, as the article's readers ask; with `projection="linear"` a single
+       layer does, as the weights of the article's one `GCNConv` from each modality's own size do.
     2. `layers` GCN layers (Kipf & Welling 2017, eq. 2) pass messages over each modality's own cosine
        k-nearest-neighbour graph of the encoders' features. No index is shared between the modalities, so the
        pairing cannot leak.
@@ -181,6 +189,7 @@ class MultimodalGNN(PairFuser):
         feature_dropout: float = 0.0,
         edges: str = "cosine",
         bank: int = 0,
+        projection: str = "mlp",
     ) -> None:
         if hidden_dim % heads:
             raise MmkitError(f"hidden_dim {hidden_dim} is not a multiple of heads {heads}.")
@@ -192,7 +201,8 @@ class MultimodalGNN(PairFuser):
                 'Remedy: edges="cosine", and a bank of 0 or more pairs.'
             )
         super().__init__(image_dim, text_dim, hidden_dim, dropout, feature_dropout)
-        self.project_images, self.project_texts = _projections(image_dim, text_dim, hidden_dim, dropout)
+        projections = _projections(image_dim, text_dim, hidden_dim, dropout, projection)
+        self.project_images, self.project_texts = projections
         if edges == "attention":
             self.graph = _AttentionGraph(hidden_dim, layers, neighbours, dropout)
         else:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .evaluation import Retrieval
+from .results import Difference
 from .training import History
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#6B6B6B"
@@ -184,6 +185,33 @@ def plot_bars(
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     facts = "; ".join(f"{name}: " + ", ".join(f"{k} {v:.3g}" for k, v in row.items()) for name, row in groups.items())
     show(fig, f"Bar chart. {title}. {facts}.")
+
+
+def plot_differences(
+    differences: Mapping[str, Mapping[str, Difference]], title: str, xlabel: str, scale: float = 100
+) -> None:
+    """Mean differences with their intervals, a line per name and within it a mark per group; zero is "no change".
+
+    `differences[group][name]`: a group may lack a name. Numbers are multiplied by `scale`, fractions to points.
+    """
+    names = list(dict.fromkeys(name for row in differences.values() for name in row))
+    fig, (axis,) = figure(8, 0.9 + 0.38 * len(names))
+    apart, facts = 0.56 / max(1, len(differences)), []
+    for n, ((group, row), colour, marker) in enumerate(zip(differences.items(), COLOURS, "osD^vx", strict=False)):
+        places = [names.index(name) + (n - (len(differences) - 1) / 2) * apart for name in row]
+        ends = scale * np.array([(found.mean, *found.interval) for found in row.values()])
+        means, lows, highs = ends.T
+        look = {"fmt": marker, "color": colour, "markersize": 5, "capsize": 3, "elinewidth": 1.4}
+        axis.errorbar(means, places, xerr=[means - lows, highs - means], label=group, **look)
+        facts += [
+            f"{name}, {group}: {m:+.1f} ({a:+.1f} to {b:+.1f})" for name, (m, a, b) in zip(row, ends, strict=True)
+        ]
+    axis.axvline(0, color="black", linewidth=1, linestyle=":")
+    axis.set_yticks(range(len(names)), names)
+    axis.set(title=title, xlabel=xlabel, ylim=(len(names) - 0.5, -0.5))
+    if len(differences) > 1:
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    show(fig, f"Differences with 95 % intervals. {title}. {'; '.join(facts)}.".replace("-", "−"))
 
 
 def plot_recalls(reports: Mapping[str, Retrieval], title: str = "Retrieval") -> None:

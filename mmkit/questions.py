@@ -6,6 +6,7 @@ from typing import Any
 
 from .training import FUSERS
 
+_ENCODING = ("image_encoder", "image_size", "squash", "text_encoder", "pooling", "max_tokens")
 _MATCHING = ("accuracy.random", "accuracy.hard")
 _RECALLS = ("image_to_text.r1", "text_to_image.r1", "rsum")
 
@@ -15,8 +16,10 @@ class Variant:
     """One of the things compared: a name of `FUSERS`, changes of the profile, and further arguments of its class.
 
     `false` are facts: on scenes it learns from captions that are false in one of them too. `corrected` is a method of
-    `HubnessCorrected`, which corrects the trained fuser's scores by the pool. `seeds`, where not 0, are fewer than
-    the experiment's, for what costs much and decides little.
+    `HubnessCorrected`, which corrects the trained fuser's scores by the pool. `lora`, where not 0, is the rank of
+    adapters in the text encoder (`LoRATextFuser`), which the trained fuser is then trained on with, under the profile
+    as `tuning` changes it. `seeds`, where not 0, are fewer than the experiment's, for what costs much and decides
+    little.
     """
 
     fuser: str = "mlp"
@@ -24,7 +27,14 @@ class Variant:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     false: tuple[str, ...] = ()
     corrected: str = ""
+    lora: int = 0
+    tuning: Mapping[str, Any] = field(default_factory=dict)
     seeds: int = 0
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """Those of `settings` that features depend on."""
+        return {name: value for name, value in self.settings.items() if name in _ENCODING}
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,21 @@ class Experiment:
         ]
 
 
+_WHOLE: dict[str, Any] = {"squash": True}
+_SHARP: dict[str, Any] = {"image_encoder": "efficientnet-lite2", "image_size": 320, "squash": True}
+_SUGGESTIONS = {
+    "mlp": Variant(),
+    "matching loss only": Variant(settings={"contrastive_weight": 0.0}),
+    "Lite1": Variant(settings={"image_encoder": "efficientnet-lite1"}),
+    "Lite2": Variant(settings={"image_encoder": "efficientnet-lite2"}),
+    "two-tower": Variant("two-tower"),
+    "two-tower, LoRA": Variant("two-tower", lora=8, tuning={"epochs": 1, "learning_rate": 1e-3}),
+    "gnn": Variant("gnn"),
+    "gnn, no MLP": Variant("gnn", arguments={"projection": "linear"}),
+    "gnn, attention for cosine": Variant("gnn", arguments={"edges": "attention"}),
+    "gnn, 2 layers": Variant("gnn", {"layers": 2}),
+    "gnn, 4 layers": Variant("gnn", {"layers": 4}),
+}
 _EVERY = {name: Variant(name, seeds=3 if name == "cross-attention" else 0) for name in FUSERS}
 _BINDING = ("diagnostic.relation", "diagnostic.roles", "new.text_to_image.r1")
 _GRAPHS = {
@@ -94,6 +119,35 @@ EXPERIMENTS: dict[str, Experiment] = {
             _EVERY,
             "mlp",
             (*_MATCHING, *_RECALLS, "training_time"),
+        ),
+        *(
+            Experiment(
+                f"suggestions-{data}",
+                f"What do the suggestions of the articles' readers bring on {data}?",
+                data,
+                _SUGGESTIONS,
+                "mlp",
+                ("accuracy.random", *_RECALLS, "training_time"),
+                seeds=3,
+            )
+            for data in ("scenes", "photos")
+        ),
+        Experiment(
+            "unseen-700",
+            "What brings small heads further on 700 unseen photos: the encoder, the whole picture, its size, the pool?",
+            "photos",
+            {
+                "mlp": Variant(),
+                "two-tower": Variant("two-tower"),
+                "two-tower, Lite2": Variant("two-tower", {"image_encoder": "efficientnet-lite2"}),
+                "two-tower, whole picture": Variant("two-tower", _WHOLE),
+                "two-tower, Lite2, whole, 320 pixels": Variant("two-tower", _SHARP),
+                "mlp, Lite2, whole, 320 pixels": Variant("mlp", _SHARP),
+                "the same two-tower, csls": Variant("two-tower", _SHARP, corrected="csls"),
+            },
+            "two-tower",
+            (*_MATCHING, *_RECALLS),
+            unseen=700,
         ),
         Experiment(
             "binding",

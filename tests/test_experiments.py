@@ -149,6 +149,38 @@ def test_a_changed_variant_costs_its_own_runs_alone(copied, results, load, capsy
     assert changed.values("narrow", "rsum") != results.values("narrow", "rsum")
 
 
+def test_settings_that_came_later_have_been_at_their_defaults(copied, results, load, capsys):
+    found = json.loads((copied / "tiny.json").read_text())
+    del found["conditions"]["profile"]["squash"]
+    for variant in found["variants"].values():
+        del variant["lora"], variant["tuning"]
+    (copied / "tiny.json").write_text(json.dumps(found))
+    assert run_experiment(TINY, copied, load=load) == results
+    assert "0 runs to take, 4 taken before" in capsys.readouterr().out
+    found["conditions"]["profile"]["squash"] = True
+    (copied / "tiny.json").write_text(json.dumps(found))
+    assert pairs(run_experiment(TINY, copied, seeds=1, load=load)) == [("wide", 0), ("narrow", 0)]
+
+
+def test_a_variant_may_have_encoders_of_its_own_or_train_the_one_of_texts(tmp_path):
+    variants = {
+        "cached": Variant("two-tower"),
+        "squashed": Variant("two-tower", {"squash": True, "image_size": 96}),
+        "lora": Variant("two-tower", lora=2, tuning={"learning_rate": 0.02}),
+    }
+    settings = {"scene_count": 40, "epochs": 1, "batch_size": 64}
+    experiment = replace(TINY, variants=variants, reference="cached", settings=settings, seeds=1)
+    found = run_experiment(experiment, tmp_path)
+    named = found.conditions["other_features"]
+    assert named.keys() == {"squashed"}
+    assert named["squashed"]["image_encoder"][:2] == found.conditions["features"]["image_encoder"][:2]
+    assert named["squashed"]["image_encoder"][2] != found.conditions["features"]["image_encoder"][2]
+    figures = [run.figures for run in found.runs]
+    assert figures[0] != figures[1] and figures[0] != figures[2]
+    assert figures[0].keys() == figures[1].keys() == figures[2].keys()  # of changed captions too
+    assert found.mean("lora", "training_time") > 2
+
+
 def test_runs_of_earlier_code_are_kept_and_counted(copied, results, load, capsys):
     old = replace(results.runs[0], code="another")
     write_results(copied / "tiny.json", replace(results, runs=(old, *results.runs[1:])))
@@ -244,7 +276,7 @@ def test_an_experiment_on_photos_tells_no_path_and_tests_on_as_many_as_it_says(
 
 
 def test_without_photos_their_experiments_are_skipped(tmp_path, capsys):
-    assert main(["results", "--only", "fusers-photos", "unseen", "--out", str(tmp_path)]) == 0
+    assert main(["results", "--only", "fusers-photos", "unseen-1000", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in said] == ["fusers-photos", "unseen-1000"]
     assert all("MMKIT_COCO_ROOT" in line for line in said) and not list(tmp_path.iterdir())
@@ -417,7 +449,9 @@ def test_readme_says_what_the_committed_files_say():
 def test_committed_files_are_whole_of_today_and_tell_no_path(path):
     found, experiment = read_results(path), EXPERIMENTS[path.stem]
     assert not tells_where(path)
-    assert found.variants == json.loads(json.dumps({n: asdict(v) for n, v in experiment.variants.items()}))
+    assert {n: Variant(**v) for n, v in found.variants.items()} == {
+        n: Variant(**json.loads(json.dumps(asdict(v)))) for n, v in experiment.variants.items()
+    }
     assert {*pairs(found)} >= {*experiment.runs()}
     for key in ("name", "question", "reference", "columns", "compared"):
         assert getattr(found, key) == getattr(experiment, key)
@@ -429,7 +463,7 @@ def test_the_tables_of_a_checkout_are_rewritten_and_nothing_else(folder, results
     out.mkdir(parents=True)
     write_results(out / "unseen-1000.json", replace(results, name="unseen-1000"))
     (tmp_path / "README.md").write_text(text)
-    run_experiments(out, ["unseen"])  # skipped, since there are no photos
+    run_experiments(out, ["unseen-1000"])  # skipped, since there are no photos
     table = replace(results, name="unseen-1000").markdown()
     assert (tmp_path / "README.md").read_text() == text.replace("old", f"\n{table}\n")
     with pytest.raises(MmkitError, match="no place for results"):
@@ -437,5 +471,5 @@ def test_the_tables_of_a_checkout_are_rewritten_and_nothing_else(folder, results
     capsys.readouterr()
     (tmp_path / "README.md").unlink()
     for place in (out, tmp_path / "notebooks" / "other", Path("/")):  # no README, or none of theirs
-        run_experiments(place, ["unseen"])
+        run_experiments(place, ["unseen-1000"])
     assert "tables written" not in capsys.readouterr().out

@@ -92,7 +92,7 @@ def small_hetero(**changes: object) -> HeteroGNN:
 
 
 POOLED = {edges: lambda edges=edges, **changes: small_gnn(edges=edges, **changes) for edges in EDGES}
-POOLED["hetero"] = small_hetero
+POOLED |= {"hetero": small_hetero, "linear": lambda **changes: small_gnn(projection="linear", **changes)}
 BANKED = {
     f"{kind} bank": lambda kind=kind, **changes: with_bank(edges=kind, **changes) for kind in EDGES if kind != "mutual"
 }
@@ -200,7 +200,22 @@ def test_the_weights_of_the_default_keep_their_names_and_none_has_the_same():
     assert names == set(small_gnn(edges="none").state_dict()) == set(small_gnn(edges="mutual").state_dict())
 
 
+def test_a_linear_projection_and_a_layer_are_the_articles_one_convolution():
+    """`GCNConv` maps first and then passes messages: its weights times the projection's are those of one layer."""
+    fuser, features = small_gnn(projection="linear"), random(7, 12)
+    edges, weight = cosine_knn_edges(features, k=3)
+    graph, one = fuser.image_graph.convolutions[0], GCNConv(12, 16)
+    with torch.no_grad():
+        torch.nn.init.zeros_(fuser.project_images.bias)
+        one.lin.weight.copy_(graph.lin.weight @ fuser.project_images.weight)
+        one.bias.copy_(graph.bias)
+        found = graph(fuser.project_images(features), edges, weight)
+        torch.testing.assert_close(found, one(features, edges, weight), rtol=1e-4, atol=1e-5)
+
+
 def test_edges_that_do_not_exist_are_refused():
+    with pytest.raises(MmkitError, match=r"No projection 'cnn'\. Valid names: mlp, linear"):
+        MultimodalGNN(12, 8, 16, heads=4, projection="cnn")
     with pytest.raises(MmkitError, match=r"No edges 'knn'\. Valid names: cosine, mutual, attention, none"):
         MultimodalGNN(12, 8, 16, heads=4, edges="knn")
 
