@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import timm
 import torch
 from accelerate import PartialState
 from PIL import Image
+from teams import Team
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -30,6 +32,7 @@ RECORDS = 20_000  # images of a synthetic Karpathy file
 IMAGES, TEXTS, PAIRS, PAIR_BATCH = 1000, 5000, 50_000, 4096
 SHORTLIST, SHORTLISTED = 50, 20_000
 STORED, STORED_BATCH, STORED_READS = 50_000, 512, 40
+TRAINED, TRAINED_BATCH, EXTRACTED = 8192, 512, 300  # by two processes
 
 
 @dataclass(frozen=True)
@@ -527,10 +530,50 @@ def ranks_vs_sort() -> Contest:
     )
 
 
+def train_two_processes(folder: Path, open_teams: ExitStack) -> Contest:
+    both, alone = (
+        open_teams.enter_context(Team(count, folder / f"training-{count}", "training", TRAINED, TRAINED_BATCH))
+        for count in (2, 1)
+    )
+    return Contest(
+        "train_two_processes",
+        "pairs/s",
+        f"an epoch of MultimodalFeatureFuser(2048, 768, 1024) on {TRAINED:,} pairs in global batches of "
+        f"{TRAINED_BATCH}: two processes of one thread, which gather nodes and gradients by gloo, against one",
+        both.do,
+        alone.do,
+        TRAINED,
+        TRAINED,
+    )
+
+
+def extract_two_processes(scenes: Path, folder: Path, open_teams: ExitStack) -> Contest:
+    def team(count: int) -> Team:
+        cache = folder / f"cache-{count}"
+        return open_teams.enter_context(
+            Team(count, folder / f"extraction-{count}", "extraction", scenes, EXTRACTED, cache)
+        )
+
+    both, alone = team(2), team(1)
+    stores = [
+        mmkit.FeatureStore(next(folder.glob(f"cache-{count}/-1/features/*/manifest.json")).parent) for count in (1, 2)
+    ]
+    assert all(np.array_equal(stores[0].arrays[name], stores[1].arrays[name]) for name in ("images", "captions"))
+    return Contest(
+        "extract_two_processes",
+        "images/s",
+        f"features of {EXTRACTED} scenes and their captions, written to disk: two processes of one thread, against one",
+        both.do,
+        alone.do,
+        EXTRACTED,
+        EXTRACTED,
+    )
+
+
 def contests(folder: Path, part: str) -> Iterator[Contest]:
     """Each made, and so warmed up, when its turn comes."""
     dataset = mmkit.load_captions(mmkit.draw_scenes(folder / "scenes", SCENES)).select(range(SCENES))
-    encoders = mmkit.load_encoders(device="cpu")
+    encoders, open_teams = mmkit.load_encoders(device="cpu"), ExitStack()
     makers: dict[str, Callable[[], Contest]] = {
         "decode_vs_plain_loop": lambda: decode_vs_plain_loop(as_large_as_photos(dataset, folder / "photos")),
         "decode_two_workers": lambda: decode_two_workers(as_large_as_photos(dataset, folder / "large")),
@@ -549,9 +592,14 @@ def contests(folder: Path, part: str) -> Iterator[Contest]:
         "score_vs_pairwise": score_vs_pairwise,
         "shortlist_vs_all_pairs": shortlist_vs_all_pairs,
         "ranks_vs_sort": ranks_vs_sort,
+        "train_two_processes": lambda: train_two_processes(folder / "training", open_teams),
+        "extract_two_processes": lambda: extract_two_processes(
+            mmkit.draw_scenes(folder / "many", EXTRACTED), folder / "extraction", open_teams
+        ),
     }
     chosen = [make for name, make in makers.items() if part in name]
     if not chosen:
         raise SystemExit(f"No measurement {part!r}. Valid names: {', '.join(makers)}")
     for make in chosen:
-        yield make()
+        with open_teams:
+            yield make()

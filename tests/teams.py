@@ -1,0 +1,104 @@
+"""Processes that have started already and work together on what they are told, so that no start-up is timed.
+
+Run as a script under torchrun it is what each of them does.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from accelerate import PartialState
+
+import mmkit
+
+SECONDS = 600  # that a task may take
+
+
+class Team:
+    """So many processes of one torchrun, one thread each. `do` returns when all have done a task."""
+
+    def __init__(self, processes: int, folder: Path, task: str, *arguments: object) -> None:
+        self.folder, self.done = folder, 0
+        folder.mkdir(parents=True)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *launcher, __file__, str(folder), task, json.dumps([str(one) for one in arguments])]
+        log = (folder / "log").open("w")
+        self.job = subprocess.Popen(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT
+        )
+        self._wait("ready")
+
+    def do(self) -> None:
+        """Do the task once more."""
+        (self.folder / f"go-{self.done}").touch()
+        self._wait(f"done-{self.done}")
+        self.done += 1
+
+    def _wait(self, name: str) -> None:
+        end = time.monotonic() + SECONDS
+        while not (self.folder / name).exists():
+            if self.job.poll() is not None or time.monotonic() > end:
+                self.dismiss()
+                raise RuntimeError(f"no {name}: {(self.folder / 'log').read_text()[-2000:]}")
+            time.sleep(0.002)
+
+    def dismiss(self) -> None:
+        self.job.terminate()
+        self.job.wait()
+
+    def __enter__(self) -> "Team":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.dismiss()
+
+
+def training(pairs: str, batch_size: str) -> Callable[[int], object]:
+    """An epoch of the MLP fuser at the sizes of the profile "coco", on features of noise in memory."""
+    count, profile = int(pairs), mmkit.profile("coco", epochs=1, batch_size=int(batch_size))
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (torch.randn(count, dim, generator=generator) for dim in (2048, 768))
+    train = mmkit.PairedFeatures.from_arrays(images, texts, range(count))
+    validation = mmkit.PairedFeatures.from_arrays(images[:64], texts[:64], range(64))
+
+    def task(_: int) -> object:
+        return mmkit.fit_profile(mmkit.build_fuser("mlp", profile, 2048, 768), train, validation, profile)
+
+    return task
+
+
+def extraction(scenes: str, count: str, cache: str) -> Callable[[int], object]:
+    """The features of so many pictures and their captions, into a new cache."""
+    dataset = mmkit.load_captions(scenes).select(range(int(count)))
+    encoders = mmkit.load_encoders(device="cpu")
+
+    def task(number: int) -> object:
+        return mmkit.extract_features(dataset, encoders, Path(cache, str(number)))
+
+    return task
+
+
+def _work(folder: Path, task: str, arguments: list[str]) -> None:
+    torch.set_num_threads(1)
+    state = PartialState(cpu=True)
+    work, number = {"training": training, "extraction": extraction}[task](*arguments), 0
+    work(-1)  # warm
+    state.wait_for_everyone()
+    (folder / "ready").touch()
+    while True:
+        while not (folder / f"go-{number}").exists():
+            time.sleep(0.002)
+        work(number)
+        state.wait_for_everyone()
+        (folder / f"done-{number}").touch()
+        number += 1
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
