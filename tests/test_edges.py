@@ -50,6 +50,42 @@ def as_dict(edges: Tensor, weight: Tensor) -> dict[tuple[int, int], float]:
     return dict(zip(pairs, weight.tolist(), strict=True))
 
 
+def clusters(nodes: int, seed: int) -> Tensor:
+    """Nodes around 40 centres: unlike plain noise, each has neighbours that are clearly nearer than the rest."""
+    centres = random(40, 16, seed=7)
+    return centres[torch.arange(nodes) % 40] + 0.6 * random(nodes, 16, seed=seed)
+
+
+@pytest.mark.parametrize("target", [None, clusters(300, 2)], ids=["within", "across"])
+def test_an_index_finds_nearly_all_of_the_nearest(target):
+    source = clusters(3000, 1)
+    (edges, weight), (found, found_weight) = (
+        cosine_knn_edges(source, target, k=5, index=index) for index in ("exact", "hnsw")
+    )
+    exact, approximate = as_dict(edges, weight), as_dict(found, found_weight)
+    shared = exact.keys() & approximate.keys()
+    assert len(approximate) == len(exact) == 5 * (3000 if target is None else 300)
+    assert len(shared) > 0.98 * len(exact)
+    assert [approximate[edge] for edge in shared] == pytest.approx([exact[edge] for edge in shared], abs=1e-5)
+    assert (found[1].diff() >= 0).all() and (target is not None or (found[0] != found[1]).all())
+
+
+def test_an_index_copes_with_tiny_pools_equal_nodes_and_says_what_it_cannot():
+    for nodes, target in ((1, None), (0, None), (0, random(2, 4)), (2, random(0, 4))):
+        assert cosine_knn_edges(random(nodes, 4), target, k=3, index="hnsw")[0].shape == (2, 0)
+    assert as_dict(*cosine_knn_edges(random(3, 4), k=5, index="hnsw")).keys() == {
+        (i, j) for i in range(3) for j in range(3) if i != j
+    }
+    edges, weight = cosine_knn_edges(random(1, 4).expand(8, 4), k=2, index="hnsw")
+    assert edges.shape == (2, 16) and weight.tolist() == pytest.approx([1] * 16)
+    mutual, _ = cosine_knn_edges(clusters(200, 3), k=3, mutual=True, index="hnsw")
+    assert {tuple(pair) for pair in mutual.T.tolist()} == {tuple(pair) for pair in mutual.flip(0).T.tolist()}
+    with pytest.raises(MmkitError, match=r"No index 'kd'\. Valid names: exact, hnsw"):
+        cosine_knn_edges(random(3, 4), index="kd")
+    with pytest.raises(MmkitError, match="cannot hide"):
+        cosine_knn_edges(random(3, 4), random(2, 4), hidden=torch.zeros(2, 3, dtype=torch.bool), index="hnsw")
+
+
 def assert_same_edges(found: dict, expected: dict) -> None:
     assert found.keys() == expected.keys()
     assert all(abs(found[pair] - expected[pair]) < 1e-5 for pair in expected)
