@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import mmkit
@@ -71,6 +71,13 @@ def _print_report(report: dict) -> None:
         recalls = "   ".join(f"R@{k} {row[f'r{k}']:.3f}{between('retrieval', f'{direction}.r{k}')}" for k in (1, 5, 10))
         print(f"{direction:<15} {recalls}   median rank {row['median_rank']:.0f}")
     print(f"rsum {report['rsum']:.1f}{between('retrieval', 'rsum')}")
+    if folds := report.get("folds"):
+        for way in report["retrieval"]:
+            recalls = "   ".join(f"R@{k} {folds[way][f'r{k}']:.3f}" for k in (1, 5, 10))
+            print(f"mean of {folds['count']} folds, {way:<15} {recalls}")
+        print(f"mean of {folds['count']} folds, rsum {folds['rsum']:.1f}")
+    for name, row in report.get("eccv", {}).items():
+        print(f"{name:<20}" + "   ".join(f"{way} {value:.3f}" for way, value in row.items()))
     for fact, row in report.get("diagnostic", {}).items():
         print(f"one changed fact, {fact:<9} {row['accuracy']:.3f}{between('diagnostic', fact)}")
 
@@ -170,6 +177,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
         mmkit.matching_report(fuser, features, training["thresholds"], profile.seed),
         mmkit.retrieval_report(fuser, features, arguments.shortlist),
     )
+    if arguments.folds:
+        folded = mmkit.folded_retrieval(fuser, features, arguments.folds, arguments.shortlist)
+        report["folds"] = {"count": arguments.folds, "rsum": folded.mean.rsum}
+        report["folds"] |= {way: asdict(getattr(folded.mean, way)) for way in report["retrieval"]}
+    if arguments.eccv:
+        report["eccv"] = mmkit.eccv_scores(fuser, features)
     if dataset.scenes:
         pairs = mmkit.diagnostic_pairs(dataset, features, encoders, precision=profile.precision)
         facts = mmkit.diagnostic_report(fuser, features, pairs)
@@ -267,6 +280,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--shortlist", type=int, default=0, metavar="N", help="rank only so many candidates (default: all)"
     )
+    one.add_argument(
+        "--folds", type=int, default=0, metavar="N", help="also the mean over N disjoint pools (COCO's 1K: 5)"
+    )
+    one.add_argument("--eccv", action="store_true", help="also ECCV Caption and CxC, of Karpathy's 5,000 test images")
     one.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     one = command("run", "execute the notebooks in order", "run --only 03 04", [data, missing])
     one.add_argument("--only", nargs="+", default=(), metavar="NAME", help="notebooks whose name begins so")

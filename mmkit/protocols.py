@@ -210,18 +210,20 @@ class FoldedRetrieval:
     folds: tuple[Retrieval, ...]
 
 
-def folded_retrieval(fuser: PairFuser, features: PairedFeatures, folds: int = 5) -> FoldedRetrieval:
+def folded_retrieval(fuser: PairFuser, features: PairedFeatures, folds: int = 5, shortlist: int = 0) -> FoldedRetrieval:
     """Retrieval within disjoint folds of the images in the dataset's order, and the mean over them.
 
     Of COCO's 5,000 test images (Karpathy & Fei-Fei 2015) with `folds=5` this is "1K": images 0–999, 1000–1999, and
     so on; `retrieval_report` of all is "5K". Smaller pools are easier: never compare the one with the other. Each
     fold is the pool that a transductive fuser sees. The deviation is between folds and says nothing of seeds.
+    `shortlist` is that of `retrieval_report`.
     """
     images = len(features.image_rows)
     if not 2 <= folds <= images // 2:
         raise MmkitError(f"{folds} folds of {images} images; there must be at least two, of at least two images each.")
     order = np.argsort(features.image_rows, kind="stable")
-    reports = tuple(retrieval_report(fuser, subset(features, rows)) for rows in np.array_split(order, folds))
+    parts = (subset(features, rows) for rows in np.array_split(order, folds))
+    reports = tuple(retrieval_report(fuser, part, shortlist) for part in parts)
     flat = [
         {f"{name}.{key}": value for name in DIRECTIONS for key, value in vars(getattr(report, name)).items()}
         | {"rsum": report.rsum}

@@ -158,6 +158,18 @@ def test_evaluate_without_json_prints_the_same_figures(checkpoints, coco, capsys
     assert f"R@5 {report['retrieval']['text_to_image']['r5']:.3f}" in said
 
 
+def test_evaluate_gives_the_mean_over_folds_and_says_why_eccv_is_not_to_be_had(checkpoints, coco, capsys):
+    options = [str(checkpoints["mlp"]), "--coco-root", str(coco), "--split", "all"]
+    folded, whole = evaluated(capsys, *options, "--folds", "4"), evaluated(capsys, *options)
+    assert {key: value for key, value in folded.items() if key != "folds"} == whole
+    assert folded["folds"]["count"] == 4 and folded["folds"]["rsum"] > whole["rsum"]  # a smaller pool is easier
+    assert folded["folds"]["text_to_image"].keys() == whole["retrieval"]["text_to_image"].keys()
+    assert main(["evaluate", *options, "--folds", "4"]) == 0
+    assert f"mean of 4 folds, rsum {folded['folds']['rsum']:.1f}" in capsys.readouterr().out
+    assert main(["evaluate", *options, "--eccv"]) == 2
+    assert re.search("pip install eccv-caption|test images of Karpathy", capsys.readouterr().err)
+
+
 def test_a_fuser_learns_from_false_captions_and_is_judged_fact_by_fact_through_a_shortlist(coco, tmp_path, capsys):
     out, data = str(tmp_path / "regions"), ["--coco-root", str(coco)]
     options = ["--fuser", "region-word", "--false", "roles", "relation", "--epochs", "15"]

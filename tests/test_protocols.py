@@ -1,5 +1,6 @@
 """Changed facts, folds and other positives against hand counts."""
 
+import itertools
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -181,6 +182,11 @@ def test_folds_are_neighbours_in_the_datasets_order_and_their_mean_is_reported()
         assert found.mean.rsum == pytest.approx(found.spread["rsum"].mean)
         assert found.mean.rsum == pytest.approx(np.mean([report.rsum for report in found.folds]))
         assert found.mean.rsum > retrieval_report(Product(), given).rsum  # a smaller pool is easier
+        short = folded_retrieval(Product(), given, 5, shortlist=2)
+        assert [report.rsum for report in short.folds] == [
+            retrieval_report(Product(), subset(given, np.argsort(given.image_rows)[first:last]), 2).rsum
+            for first, last in itertools.pairwise(starts)
+        ]
 
 
 @pytest.mark.parametrize("folds", [1, 6])
