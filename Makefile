@@ -1,6 +1,6 @@
 # make run    execute the notebooks in order        make lab    open them in JupyterLab
 # make test   unit tests, and every notebook as one  make bench  measure against plain baselines
-# make results  take the runs of several seeds behind the tables again, where something changed (an hour or two)
+# make results  take the runs of several seeds behind the tables again, where something changed (some hours)
 PYTHON ?= python3
 BIN := .venv/bin
 

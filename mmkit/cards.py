@@ -95,7 +95,10 @@ On {{ "{:,}".format(report.sizes.images) }} images with {{ "{:,}".format(report.
 import mmkit, torch
 
 fuser, training = mmkit.load_checkpoint("CHECKPOINT")  # this folder; huggingface_hub.snapshot_download brings it
-encoders = mmkit.load_encoders("{{ encoders[0] }}", "{{ encoders[1] }}", "{{ p.pooling }}", {{ p.max_tokens }})
+encoders = mmkit.load_encoders(
+    "{{ encoders[0] }}", "{{ encoders[1] }}", "{{ p.pooling }}", {{ p.max_tokens }}
+{%- if p.squash %}, squash=True{% endif %}{% if p.image_size %}, image_size={{ p.image_size }}{% endif %}
+)
 photos = mmkit.load_captions("PHOTOS")  # annotations/captions_*.json beside the pictures
 store = mmkit.extract_features(photos, encoders, mmkit.profile().cache{{ ", grids=True, tokens=True" if parts }})
 features = fuser.view(store.select())

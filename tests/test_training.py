@@ -587,9 +587,8 @@ def test_a_model_card_names_what_the_checkpoint_was_made_of(tmp_path):
     report = mmkit.report_json(
         validation, mmkit.matching_report(fuser, validation, thresholds), retrieval_report(fuser, validation)
     )
-    profile = mmkit.profile(
-        "photos", text_encoder=f"hf:{tmp_path}/own-bert", pooling="cls", max_tokens=33, split_seed=7, val_fraction=0.125
-    )
+    encoding = {"text_encoder": f"hf:{tmp_path}/own-bert", "pooling": "cls", "max_tokens": 33}
+    profile = mmkit.profile("photos", **encoding, image_size=96, squash=True, split_seed=7, val_fraction=0.125)
     history = History([{"validation_loss": value} for value in (3.0, 2.03125, 2.5)], 1)
     given = {"efficientnet-lite0": "ab" * 32, profile.text_encoder: "cd" * 32}
     folder = save_checkpoint(tmp_path / "run", fuser, "mlp", profile, thresholds, history, given, train, report)
@@ -605,6 +604,7 @@ def test_a_model_card_names_what_the_checkpoint_was_made_of(tmp_path):
     recall, interval = report["retrieval"]["text_to_image"]["r5"], report["intervals"]["retrieval"]["text_to_image.r5"]
     assert shown["text→image R@5"] == [f"{recall:.3f}", f"{interval['low']:.3f} to {interval['high']:.3f}"]
     assert shown["ROC-AUC, random negatives 1:1"][0] == f"{report['matching']['random']['roc_auc']:.3f}"
+    assert '"cls", 33, squash=True, image_size=96' in card.text
     assert str(tmp_path) not in card.content and "{%" not in card.content and "[More" not in card.content
 
     data = card.data
