@@ -70,6 +70,7 @@ class Experiment:
 
 
 _WHOLE: dict[str, Any] = {"squash": True}
+_SHORT: dict[str, Any] = {"batch_size": 64, "epochs": 6, "fusion_dim": 128}  # what fusers of parts are given
 _SHARP: dict[str, Any] = {"image_encoder": "efficientnet-lite2", "image_size": 320, "squash": True}
 _SUGGESTIONS = {
     "mlp": Variant(),
@@ -121,7 +122,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             "fusers-photos",
             "Does that hold on photos?",
             "photos",
-            {name: replace(variant, seeds=_ON_PHOTOS.get(name, 0)) for name, variant in _EVERY.items()},
+            {name: replace(variant, seeds=_ON_PHOTOS.get(name, 0)) for name, variant in _EVERY.items()}
+            | {"two-tower, as short and narrow as region-word": Variant("two-tower", _SHORT, seeds=3)},
             "mlp",
             (*_MATCHING, *_RECALLS, "training_time"),
         ),
