@@ -142,7 +142,7 @@ def train(arguments: argparse.Namespace) -> int:
         return 0
     thresholds = mmkit.choose_thresholds(fuser, parts["val"], profile.seed)
     found = (thresholds, history, _weights(encoders), parts["train"])
-    mmkit.save_checkpoint(arguments.out, fuser, arguments.fuser, profile, *found)
+    mmkit.save_checkpoint(arguments.out, fuser, arguments.fuser, profile, *found, false=arguments.false)
     state.unlink(missing_ok=True)
     best = history.rows[history.best_epoch]
     closed = "gradient_steps" in best

@@ -43,6 +43,9 @@ Features of other encoders, or of other weights of these, mean nothing to it.
 {%- if train %}
 - Trained on {{ "{:,}".format(train.images) }} images and {{ "{:,}".format(train.captions) }} captions.
 {%- endif %}
+{%- if changed %}
+- And on captions that are false in one of these facts: {{ changed | join(", ") }}.
+{%- endif %}
 - Splits: those that the annotations name; other images are shuffled by seed {{ p.split_seed }} and cut, the fractions
   {{ p.val_fraction }} for validation and {{ p.test_fraction }} for test.
 {%- if best and "gradient_steps" in best %}
@@ -170,6 +173,7 @@ def model_card(fuser: PairFuser, training: dict, report: dict | None = None) -> 
         digests=[training["weights"].get(name, "not recorded") for name in encoders],
         p=profile,
         train=training.get("train"),
+        changed=training.get("false"),
         epochs=len(rows),
         kept=training["history"]["best_epoch"] + 1,
         best=rows[training["history"]["best_epoch"]] if rows else None,

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,13 +35,15 @@ def save_checkpoint(
     weights: dict[str, str],
     train: PairedFeatures | None = None,
     report: dict | None = None,
+    false: Sequence[str] = (),
 ) -> Path:
     """Write `model.safetensors`, `config.json`, `training.json` and a model card into `folder`, whole or not at all.
 
     `thresholds` are the match logits chosen on the validation split, per kind of negatives; `weights` the digests
     of the encoders. The card, `README.md`, also tells the size of `train`, the training split, and the figures of an
-    evaluation, a `report` of `report_json`. An earlier checkpoint of that name is replaced; any other folder is left
-    alone. On a full disk the earlier one stays, and the error says so.
+    evaluation, a `report` of `report_json`; `false` are the facts in whose false captions it was trained too. An
+    earlier checkpoint of that name is replaced; any other folder is left alone. On a full disk the earlier one stays,
+    and the error says so.
     """
     folder = Path(folder)
     check_free_for_checkpoint(folder)
@@ -51,6 +54,7 @@ def save_checkpoint(
         "thresholds": thresholds,
         "weights": weights,
         "history": asdict(history),
+        "false": list(false),
     }
     if train is not None:
         training["train"] = {"images": len(train.image_rows), "captions": len(train.owner)}

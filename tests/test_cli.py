@@ -175,6 +175,7 @@ def test_a_fuser_learns_from_false_captions_and_is_judged_fact_by_fact_through_a
     options = ["--fuser", "region-word", "--false", "roles", "relation", "--epochs", "15"]
     assert main(["train", *data, *options, "--out", out]) == 0
     capsys.readouterr()
+    assert "false in one of these facts: roles, relation." in (tmp_path / "regions" / "README.md").read_text()
     report = evaluated(capsys, out, *data, "--split", "train")
     assert report["diagnostic"]["roles"]["accuracy"] > 0.7 and {*report["diagnostic"]} == {*mmkit.FACTS}
     every, few = (evaluated(capsys, out, *data, "--split", "all", "--shortlist", str(count)) for count in (1000, 1))
