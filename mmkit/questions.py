@@ -77,7 +77,7 @@ _SUGGESTIONS = {
     "matching loss only": Variant(settings={"contrastive_weight": 0.0}),
     "Lite2": Variant(settings={"image_encoder": "efficientnet-lite2"}),
     "two-tower": Variant("two-tower"),
-    "two-tower, LoRA": Variant("two-tower", lora=8, tuning={"epochs": 1, "learning_rate": 1e-3}),
+    "two-tower, LoRA": Variant("two-tower", lora=8, tuning={"epochs": 1, "learning_rate": 1e-3}, seeds=2),
     "gnn": Variant("gnn"),
     "gnn, no MLP": Variant("gnn", arguments={"projection": "linear"}),
 }
@@ -88,7 +88,7 @@ _MORE_SUGGESTIONS = {
     "gnn, 4 layers": Variant("gnn", {"layers": 4}),
 }
 _EVERY = {name: Variant(name, seeds=3 if name == "cross-attention" else 0) for name in FUSERS}
-_ON_PHOTOS = {"gnn": 3, "hetero-gnn": 3, "region-word": 2, "cross-attention": 1}  # seeds, where fewer than others
+_ON_PHOTOS = {"gnn": 3, "hetero-gnn": 2, "region-word": 2, "cross-attention": 1}  # seeds, where fewer than others
 _BINDING = ("diagnostic.relation", "diagnostic.roles", "new.text_to_image.r1")
 _GRAPHS = {
     "mlp, as many parameters": Variant(settings={"fusion_dim": 484}),
