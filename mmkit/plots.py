@@ -211,7 +211,7 @@ def plot_differences(
     axis.set(title=title, xlabel=xlabel, ylim=(len(names) - 0.5, -0.5))
     if len(differences) > 1:
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    show(fig, f"Differences with 95 % intervals. {title}. {'; '.join(facts)}.".replace("-", "−"))
+    show(fig, f"Differences with 95 % intervals. {title}. {'; '.join(facts)}.")
 
 
 def plot_recalls(reports: Mapping[str, Retrieval], title: str = "Retrieval") -> None:
