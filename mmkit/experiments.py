@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .data import CaptionDataset, DiagnosticNegatives, load_dataset
-from .encoders import Encoders
+from .encoders import Encoders, TextEncoder
 from .errors import MmkitError
 from .evaluation import NEGATIVES, choose_thresholds, matching_report, retrieval_report
 from .extraction import extract_features
@@ -60,25 +60,15 @@ _OTHER_CODE = {
 
 @dataclass(frozen=True, eq=False)
 class _Material:
-    """The profile and its encoders, the features of each split, the false captions of the test images, and those of the
-    training images by the facts that a variant learns from; the texts of all captions."""
+    """The profile and its encoder of texts, the features of each split, the false captions of the test images, and
+    those of the training images by the facts that a variant learns from."""
 
     profile: Profile
-    encoders: Encoders
+    text_encoder: TextEncoder
     made_from: dict[str, Any]
     splits: dict[str, PairedFeatures]
     changed: dict[str, tuple[DiagnosticNegatives, PairedFeatures]]
     false: dict[tuple[str, ...], FalseCaptions]
-    captions: Sequence[str]
-
-    def tokenized(self) -> "_Material":
-        """The same with the token ids of all captions that fusers are judged on or learn from without false ones."""
-        preprocessor = self.encoders.preprocessor
-        splits = {name: tokenized(part, self.captions, preprocessor) for name, part in self.splits.items()}
-        changed = {
-            fact: (pairs, tokenized(found, pairs.texts, preprocessor)) for fact, (pairs, found) in self.changed.items()
-        }
-        return replace(self, splits=splits, changed=changed)
 
 
 _Loaded = tuple[CaptionDataset, Encoders, FeatureStore]
@@ -107,6 +97,8 @@ def _material(
             f"{len(rows['test']):,}. Remedy: a folder without a split, such as a part of COCO's val2017."
         )
     splits = {name: store.select(chosen) for name, chosen in rows.items()}
+    if any(variant.lora for variant in variants):  # false captions made from these then have token ids too
+        splits = {name: tokenized(part, dataset, encoders.preprocessor) for name, part in splits.items()}
     changed = {}
     if dataset.scenes:
         changed = diagnostic_pairs(dataset, splits["test"], encoders, precision=settings.precision)
@@ -114,7 +106,22 @@ def _material(
         facts: false_captions(dataset, splits["train"], encoders, facts, precision=settings.precision)
         for facts in {variant.false for variant in variants} - {()}
     }
-    return _Material(settings, encoders, store.manifest, splits, changed, false, dataset.captions)
+    return _Material(settings, encoders.text, store.manifest, splits, changed, false)
+
+
+def _materials(
+    experiment: Experiment, settings: Profile, load: Callable[[Profile, bool], _Loaded]
+) -> dict[str, _Material]:
+    """The material of each variant; those whose features are made alike share it."""
+    alike: dict[str, list[str]] = {}
+    for name, variant in experiment.variants.items():
+        alike.setdefault(json.dumps(variant.encoding, sort_keys=True), []).append(name)
+    found: dict[str, _Material] = {}
+    for names in alike.values():
+        variants = [experiment.variants[name] for name in names]
+        material = _material(experiment, replace(settings, **variants[0].encoding), load, variants)
+        found |= dict.fromkeys(names, material)
+    return found
 
 
 def _machine() -> str:
@@ -208,15 +215,15 @@ def _run(variant: Variant, seed: int, material: _Material) -> tuple[float, dict[
     fuser = build_fuser(variant.fuser, settings, *material.splits["train"].dims, **variant.arguments)
     seconds = _train(fuser, material, settings, variant.false)
     if variant.lora:
-        material, settings = material.tokenized(), replace(settings, **variant.tuning)
-        fuser = LoRATextFuser(fuser, material.encoders.text, variant.lora)
-        seconds += _train(fuser, material, settings)
+        fuser = LoRATextFuser(fuser, material.text_encoder, variant.lora)
+        seconds += _train(fuser, material, replace(settings, **variant.tuning), variant.false)
     if variant.corrected:
         fuser = HubnessCorrected(fuser, variant.corrected)
     return seconds, _measure(fuser, material)
 
 
-def _train(fuser: PairFuser, material: _Material, settings: Profile, false: tuple[str, ...] = ()) -> float:
+def _train(fuser: PairFuser, material: _Material, settings: Profile, false: tuple[str, ...]) -> float:
+    """Train, and the seconds that it took."""
     # processor time, since other programs on the machine do not add to it; it does not see a GPU's work
     clock = time.perf_counter if torch.accelerator.is_available() else time.process_time
     start, splits = clock(), material.splits
@@ -270,14 +277,7 @@ def run_experiment(
     if settings.data == "folder" and settings.coco_root is None:
         print(f"{experiment.name}: skipped, it needs photos. Remedy: set MMKIT_COCO_ROOT", flush=True)
         return None
-    alike: dict[str, list[str]] = {}  # the variants by what their features are made from
-    for name, variant in experiment.variants.items():
-        alike.setdefault(json.dumps(variant.encoding, sort_keys=True), []).append(name)
-    of: dict[str, _Material] = {}
-    for names in alike.values():
-        variants = [experiment.variants[name] for name in names]
-        material = _material(experiment, replace(settings, **variants[0].encoding), load, variants)
-        of |= dict.fromkeys(names, material)
+    of = _materials(experiment, settings, load)
     others = {name: of[name] for name in of if experiment.variants[name].encoding}
     path = folder / f"{experiment.name}.json"
     fresh = Results(
