@@ -23,8 +23,25 @@ _PATIENCE = 10  # seconds in which a launcher ends the other processes after the
 def _settings(arguments: argparse.Namespace) -> mmkit.Profile:
     """The profile that the options name; a COCO folder without a profile means the profile "photos"."""
     name, root = arguments.profile or os.environ.get("MMKIT_PROFILE"), arguments.coco_root
-    changes = {"coco_root": root} if root else {}
+    changes = _changes(getattr(arguments, "set", ())) | ({"coco_root": root} if root else {})
     return mmkit.profile(name or ("photos" if root else None), skip_missing=arguments.skip_missing, **changes)
+
+
+def _changes(pairs: Sequence[str]) -> dict[str, object]:
+    """`NAME=VALUE` as changes of the profile, each value of its setting's kind."""
+    known = {f.name: type(f.default) for f in fields(mmkit.Profile) if isinstance(f.default, bool | int | float | str)}
+    changes: dict[str, object] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name not in known:
+            raise mmkit.MmkitError(f"--set {pair}: no such setting. Valid settings: {', '.join(known)}")
+        try:
+            kind = known[name]
+            changes[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            wanted = "true or false" if kind is bool else {int: "a whole number", float: "a number"}[kind]
+            raise mmkit.MmkitError(f"--set {pair}: {name} is {wanted}.") from None
+    return changes
 
 
 def _load(profile: mmkit.Profile, **optional: bool) -> tuple[mmkit.CaptionDataset, mmkit.Encoders, mmkit.FeatureStore]:
@@ -222,6 +239,10 @@ def _parser() -> argparse.ArgumentParser:
     data = argparse.ArgumentParser(add_help=False)
     data.add_argument("--profile", help="mini, photos or coco (default: MMKIT_PROFILE, else mini)")
     data.add_argument("--coco-root", metavar="DIR", help="a folder in COCO-captions layout (default: MMKIT_COCO_ROOT)")
+    changed = argparse.ArgumentParser(add_help=False)
+    changed.add_argument(
+        "--set", nargs="+", default=(), metavar="NAME=VALUE", help="settings of the profile, such as image_size=320"
+    )
     missing = argparse.ArgumentParser(add_help=False)
     missing.add_argument("--skip-missing", action="store_true", help="leave out images whose file is not there")
 
@@ -248,11 +269,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--show", type=int, default=20, metavar="N", help="faults of each kind to print (default: 20)")
     command("encoders", "list the encoders: sizes, operations, licences, sources", "encoders")
     one = command(
-        "extract", "extract and cache the features of a dataset", "extract --coco-root ~/coco", [data, missing]
+        "extract", "extract and cache the features of a dataset", "extract --coco-root ~/coco", [data, missing, changed]
     )
     one.add_argument("--grids", action="store_true", help="also the cells of each feature map (49 times the disk)")
     one.add_argument("--tokens", action="store_true", help="also the tokens of each caption (14 times the disk)")
-    one = command("train", "train a fuser and write a checkpoint", "train --fuser mlp --out runs/mlp", [data, missing])
+    one = command(
+        "train", "train a fuser and write a checkpoint", "train --fuser mlp --out runs/mlp", [data, missing, changed]
+    )
     one.add_argument(
         "--fuser",
         default="mlp",

@@ -158,6 +158,31 @@ def test_evaluate_without_json_prints_the_same_figures(checkpoints, coco, capsys
     assert f"R@5 {report['retrieval']['text_to_image']['r5']:.3f}" in said
 
 
+def test_settings_of_the_profile_are_changed_and_kept_for_the_evaluation(coco, tmp_path, capsys):
+    out, changes = str(tmp_path / "run"), ["image_size=96", "squash=True", "fusion_dim=16", "learning_rate=3e-3"]
+    assert main(["train", "--coco-root", str(coco), "--out", out, "--epochs", "1", "--set", *changes]) == 0
+    kept = json.loads((tmp_path / "run" / "training.json").read_text())["profile"]
+    assert (kept["image_size"], kept["squash"], kept["fusion_dim"], kept["learning_rate"]) == (96, True, 16, 0.003)
+    capsys.readouterr()
+    assert evaluated(capsys, out, "--coco-root", coco)["sizes"]["images"] == 12
+
+
+@pytest.mark.parametrize(
+    ("pair", "reason"),
+    [
+        ("colour=red", "no such setting. Valid settings: .*image_encoder"),
+        ("cache=/tmp", "no such setting"),
+        ("epochs=many", "epochs is a whole number"),
+        ("epochs", "epochs is a whole number"),
+        ("dropout=x", "dropout is a number"),
+        ("squash=maybe", "squash is true or false"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_before_anything_is_done(pair, reason, coco, tmp_path, capsys):
+    assert main(["train", "--coco-root", str(coco), "--out", str(tmp_path / "run"), "--set", pair]) == 2
+    assert re.search(f"mmkit: --set {pair}: {reason}", capsys.readouterr().err) and not any(tmp_path.iterdir())
+
+
 def test_evaluate_gives_the_mean_over_folds_and_says_why_eccv_is_not_to_be_had(checkpoints, coco, capsys):
     options = [str(checkpoints["mlp"]), "--coco-root", str(coco), "--split", "all"]
     folded, whole = evaluated(capsys, *options, "--folds", "4"), evaluated(capsys, *options)
