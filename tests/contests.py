@@ -535,6 +535,7 @@ def train_two_processes(folder: Path, open_teams: ExitStack) -> Contest:
         open_teams.enter_context(Team(count, folder / f"training-{count}", "training", TRAINED, TRAINED_BATCH))
         for count in (2, 1)
     )
+    assert abs(both.do() / alone.do() - 1) < 0.02  # each process draws its own dropout
     return Contest(
         "train_two_processes",
         "pairs/s",
@@ -555,10 +556,7 @@ def extract_two_processes(scenes: Path, folder: Path, open_teams: ExitStack) -> 
         )
 
     both, alone = team(2), team(1)
-    stores = [
-        mmkit.FeatureStore(next(folder.glob(f"cache-{count}/-1/features/*/manifest.json")).parent) for count in (1, 2)
-    ]
-    assert all(np.array_equal(stores[0].arrays[name], stores[1].arrays[name]) for name in ("images", "captions"))
+    assert both.do() == alone.do()
     return Contest(
         "extract_two_processes",
         "images/s",

@@ -34,11 +34,12 @@ class Team:
         )
         self._wait("ready")
 
-    def do(self) -> None:
-        """Do the task once more."""
+    def do(self) -> float:
+        """Do the task once more; what the main process found."""
         (self.folder / f"go-{self.done}").touch()
         self._wait(f"done-{self.done}")
         self.done += 1
+        return float((self.folder / "found").read_text())
 
     def _wait(self, name: str) -> None:
         end = time.monotonic() + SECONDS
@@ -59,27 +60,29 @@ class Team:
         self.dismiss()
 
 
-def training(pairs: str, batch_size: str) -> Callable[[int], object]:
-    """An epoch of the MLP fuser at the sizes of the profile "coco", on features of noise in memory."""
+def training(pairs: str, batch_size: str) -> Callable[[int], float]:
+    """An epoch of the MLP fuser at the sizes of the profile "coco", on features of noise in memory: its mean loss."""
     count, profile = int(pairs), mmkit.profile("coco", epochs=1, batch_size=int(batch_size))
     generator = torch.Generator().manual_seed(0)
     images, texts = (torch.randn(count, dim, generator=generator) for dim in (2048, 768))
     train = mmkit.PairedFeatures.from_arrays(images, texts, range(count))
     validation = mmkit.PairedFeatures.from_arrays(images[:64], texts[:64], range(64))
 
-    def task(_: int) -> object:
-        return mmkit.fit_profile(mmkit.build_fuser("mlp", profile, 2048, 768), train, validation, profile)
+    def task(_: int) -> float:
+        fuser = mmkit.build_fuser("mlp", profile, 2048, 768)
+        return mmkit.fit_profile(fuser, train, validation, profile).rows[0]["loss"]
 
     return task
 
 
-def extraction(scenes: str, count: str, cache: str) -> Callable[[int], object]:
-    """The features of so many pictures and their captions, into a new cache."""
+def extraction(scenes: str, count: str, cache: str) -> Callable[[int], float]:
+    """The features of so many pictures and their captions, into a new cache: their sum."""
     dataset = mmkit.load_captions(scenes).select(range(int(count)))
     encoders = mmkit.load_encoders(device="cpu")
 
-    def task(number: int) -> object:
-        return mmkit.extract_features(dataset, encoders, Path(cache, str(number)))
+    def task(number: int) -> float:
+        arrays = mmkit.extract_features(dataset, encoders, Path(cache, str(number))).arrays
+        return float(sum(arrays[name].sum(dtype=float) for name in ("images", "captions")))
 
     return task
 
@@ -90,13 +93,16 @@ def _work(folder: Path, task: str, arguments: list[str]) -> None:
     work, number = {"training": training, "extraction": extraction}[task](*arguments), 0
     work(-1)  # warm
     state.wait_for_everyone()
-    (folder / "ready").touch()
+    if state.is_main_process:
+        (folder / "ready").touch()
     while True:
         while not (folder / f"go-{number}").exists():
             time.sleep(0.002)
-        work(number)
+        found = work(number)
         state.wait_for_everyone()
-        (folder / f"done-{number}").touch()
+        if state.is_main_process:
+            (folder / "found").write_text(repr(found))
+            (folder / f"done-{number}").touch()
         number += 1
 
 
