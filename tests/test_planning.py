@@ -5,12 +5,13 @@ from functools import partial
 import pytest
 import torch
 
-from mmkit import FUSERS, MissingFile, MmkitError, planning, profile
-from mmkit.planning import A100, Cost, Entry, Measured, Run, Work, entries, plan, plan_table, read_measured
+from mmkit import FUSERS, MissingFile, MmkitError, costs, planning, profile
+from mmkit.costs import Cost, Measured, Work
+from mmkit.planning import A100, Entry, Workload, entries, plan, plan_table, read_measured, seconds_of
 from mmkit.results import write_whole
 
 TINY = profile("coco", fusion_dim=16, hidden_dim=16, part_dim=16, batch_size=32, part_batch_size=16)
-RUN = Run(images=30_000, captions=150_000, held_out=5_000, epochs=3, part_epochs=2, gpus=4)
+RUN = Workload(images=30_000, captions=150_000, held_out=5_000, epochs=3, part_epochs=2, gpus=4)
 GPU = A100._replace(images=1000.0, tokens=2000.0, half=1e12, single=1e11, bandwidth=1e10)
 
 
@@ -56,11 +57,11 @@ def test_a_row_of_training_computed_by_hand():
 
 
 def test_each_bound_of_a_step_binds():
-    assert Work(1e10, 0, 0).seconds(1e12, GPU) == pytest.approx(0.1)
-    assert Work(1e10, 5e9, 0).seconds(1e12, GPU) == pytest.approx(0.5)
-    assert Work(1e10, 5e9, 10**5).seconds(1e12, GPU) == pytest.approx(1.0)
-    assert Work(1e10, 5e9, 10**5).seconds(1e12, GPU, share=0.1) == pytest.approx(1.0)  # starts do not divide
-    assert Work(1e10, 5e9, 0).seconds(1e12, GPU, share=0.1) == pytest.approx(0.05)
+    assert seconds_of(Work(1e10, 0, 0), 1e12, GPU) == pytest.approx(0.1)
+    assert seconds_of(Work(1e10, 5e9, 0), 1e12, GPU) == pytest.approx(0.5)
+    assert seconds_of(Work(1e10, 5e9, 10**5), 1e12, GPU) == pytest.approx(1.0)
+    assert seconds_of(Work(1e10, 5e9, 10**5), 1e12, GPU, share=0.1) == pytest.approx(1.0)  # starts do not divide
+    assert seconds_of(Work(1e10, 5e9, 0), 1e12, GPU, share=0.1) == pytest.approx(0.05)
 
 
 def test_what_does_not_divide_takes_as_long_on_several_gpus():
@@ -124,7 +125,7 @@ def test_published_figures_are_in_the_sources():
 
 @pytest.mark.parametrize(("name", "cells"), [("mlp", 0), ("cca", 0), ("cross-attention", 4)])
 def test_costs_are_measured_and_survive_a_file(name, cells, tmp_path):
-    found = planning._cost(name, TINY, (12, 10), cells, steps=1, pool=8)
+    found = costs._cost(name, TINY, (12, 10), cells, steps=1, pool=8)
     assert found.captions == (16 if cells else 32)
     assert 0 < found.read_seconds < 1
     assert found.step_seconds >= 0
@@ -137,12 +138,12 @@ def test_costs_are_measured_and_survive_a_file(name, cells, tmp_path):
 
 def test_work_is_that_of_the_products_and_of_the_distances():
     left, right = torch.rand(3, 5), torch.rand(4, 5)
-    work = planning._Counted().of(lambda: (left @ right.T, torch.cdist(left, right, p=1.0)))
+    work = costs._Counted().of(lambda: (left @ right.T, torch.cdist(left, right, p=1.0)))
     assert work == Work(2 * 3 * 4 * 5 + 3 * 3 * 4 * 5, 3 * 2 * 3 * 4 * 4, 2)  # the transposition moves nothing
 
 
 def test_a_step_of_the_mlp_has_the_operations_of_its_layers():
-    found = planning._cost("mlp", replace(TINY, batch_size=64, fusion_dim=32), (24, 20), 0, steps=1, pool=8)
+    found = costs._cost("mlp", replace(TINY, batch_size=64, fusion_dim=32), (24, 20), 0, steps=1, pool=8)
     nodes, pairs = 2 * 64 * 32 * (24 + 20), 2 * 4 * 64 * 2 * 32 * 32
     assert 2 * nodes + 3 * pairs < found.step.flops < 2 * (2 * nodes + 3 * pairs)
 
@@ -158,7 +159,7 @@ def test_the_command_prints_the_committed_measurements(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     write_whole(tmp_path / planning.FILE, planning.msgspec.json.encode(measured(mlp=cost())).decode())
     assert plan(arguments(images=RUN.images, captions=RUN.captions)) == 0
-    expected = plan_table(measured(mlp=cost()), Run(RUN.images, RUN.captions))
+    expected = plan_table(measured(mlp=cost()), Workload(RUN.images, RUN.captions))
     assert capsys.readouterr().out == f"{expected}\n"
     monkeypatch.chdir(tmp_path / "notebooks")  # where a notebook is at work
     assert read_measured() == measured(mlp=cost())
@@ -166,8 +167,8 @@ def test_the_command_prints_the_committed_measurements(tmp_path, monkeypatch, ca
 
 def test_measuring_anew_replaces_the_file(tmp_path, monkeypatch, capsys):
     settings = replace(TINY, image_encoder="efficientnet-lite0", text_encoder="minilm-l6")
-    monkeypatch.setattr(planning, "FUSERS", {"two-tower": FUSERS["two-tower"]})
-    monkeypatch.setattr(planning, "measure", partial(planning.measure, settings, 14, 1, 8))
+    monkeypatch.setattr(costs, "FUSERS", {"two-tower": FUSERS["two-tower"]})
+    monkeypatch.setattr(planning, "measure", partial(costs.measure, settings, 14, 1, 8))
     path = tmp_path / "planning.json"
     path.write_text("of old")
     assert plan(arguments(measure=True, out=path)) == 0
