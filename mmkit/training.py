@@ -230,7 +230,8 @@ def fit(
     batches = PairBatches(train, false, losses.split)
     loader = DataLoader(batches, batch_size, sampler=order, collate_fn=lambda batch: batch)
     loader = prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
-    optimizer = torch.optim.AdamW(_weight_groups(losses, weight_decay), lr=learning_rate)
+    # fused: one pass over the weights, which every process of a job takes over all of them
+    optimizer = torch.optim.AdamW(_weight_groups(losses, weight_decay), lr=learning_rate, fused=True)
     steps = epochs * -(-len(loader) // accumulate)
     scheduler = LambdaLR(optimizer, lambda step: _warmup_cosine(step, max(1, steps // 10), steps))
     losses, optimizer, scheduler = accelerator.prepare(losses, optimizer, scheduler)
