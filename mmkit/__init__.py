@@ -7,7 +7,7 @@ from importlib import import_module
 _NAMES: dict[str, tuple[str, ...]] = {
     "baselines": ("RegularizedCCA", "TwoTower"),
     "browser": ("browse",),
-    "checkpoints": ("load_checkpoint", "save_checkpoint"),
+    "checkpoints": ("is_trained", "load_checkpoint", "save_checkpoint", "training_recipe"),
     "check": ("CheckReport", "check_folder"),
     "data": ("CaptionDataset", "DiagnosticNegatives", "load_captions", "load_dataset"),
     "download": ("download_coco",),

@@ -3,6 +3,7 @@
 from __future__ import annotations  # a command imports what it needs: checking a folder needs no torch
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -70,6 +71,11 @@ def _needs(fuser: mmkit.PairFuser | type[mmkit.PairFuser]) -> dict[str, bool]:
 
 def _weights(encoders: mmkit.Encoders) -> dict[str, str]:
     return {encoder.name: encoder.digest() for encoder in (encoders.image, encoders.text)}
+
+
+def _digest(dataset: mmkit.CaptionDataset, parts: dict[str, mmkit.PairedFeatures]) -> str:
+    rows = [dataset.fingerprint(), *(part.image_ids.tolist() for part in parts.values())]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def _print_report(report: dict) -> None:
@@ -149,7 +155,12 @@ def train(arguments: argparse.Namespace) -> int:
     profile = replace(profile, **changes)
     dataset, encoders, store = _load(profile, **_needs(mmkit.FUSERS[arguments.fuser]))
     parts = {name: _split(profile, dataset, store, name) for name in ("train", "val")}
-    false = None
+    learnt = (_weights(encoders), _digest(dataset, parts), arguments.false, arguments.accumulate)
+    by, false = mmkit.training_recipe(arguments.fuser, profile, *learnt), None
+    if mmkit.is_trained(arguments.out, by):
+        if PartialState().is_main_process:
+            print(f"{arguments.out} is this training, finished; to repeat it, delete it or name another --out")
+        return 0
     if arguments.false:
         false = mmkit.false_captions(dataset, parts["train"], encoders, arguments.false, (1, 2), profile.precision)
     fuser = mmkit.build_fuser(arguments.fuser, profile, *parts["train"].dims)
@@ -158,8 +169,7 @@ def train(arguments: argparse.Namespace) -> int:
     if not PartialState().is_main_process:  # of the processes of torchrun or accelerate launch
         return 0
     thresholds = mmkit.choose_thresholds(fuser, parts["val"], profile.seed)
-    found = (thresholds, history, _weights(encoders), parts["train"])
-    mmkit.save_checkpoint(arguments.out, fuser, arguments.fuser, profile, *found, false=arguments.false)
+    mmkit.save_checkpoint(arguments.out, fuser, by, thresholds, history, parts["train"])
     state.unlink(missing_ok=True)
     best = history.rows[history.best_epoch]
     closed = "gradient_steps" in best

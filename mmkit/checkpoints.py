@@ -25,37 +25,47 @@ def check_free_for_checkpoint(folder: Path) -> None:
         raise MmkitError(f"{folder} holds other files. Remedy: name a new folder for the checkpoint.")
 
 
+def training_recipe(
+    name: str, profile: Profile, weights: dict[str, str], data: str = "", false: Sequence[str] = (), accumulate: int = 1
+) -> dict:
+    """What a training is decided by, as `training.json` keeps it.
+
+    `weights` are the digests of the encoders, `data` one of the training and validation splits, `false` the facts in
+    whose false captions it is trained too, and `accumulate` batches make a step.
+    """
+    settings = {key: value for key, value in asdict(profile).items() if key not in ("cache", "coco_root")}
+    found = {"fuser": name, "profile": settings, "weights": weights, "data": data}
+    return found | {"false": list(false), "accumulate": accumulate}
+
+
+def is_trained(folder: str | Path, by: dict) -> bool:
+    """Whether `folder` holds a whole checkpoint that was trained `by` this `training_recipe`."""
+    try:
+        training = load_checkpoint(folder)[1]
+    except MmkitError:
+        return False
+    return all(training.get(key) == value for key, value in json.loads(json.dumps(by)).items())
+
+
 def save_checkpoint(
     folder: str | Path,
     fuser: PairFuser,
-    name: str,
-    profile: Profile,
+    by: dict,
     thresholds: dict[str, float],
     history: History,
-    weights: dict[str, str],
     train: PairedFeatures | None = None,
     report: dict | None = None,
-    false: Sequence[str] = (),
 ) -> Path:
     """Write `model.safetensors`, `config.json`, `training.json` and a model card into `folder`, whole or not at all.
 
-    `thresholds` are the match logits chosen on the validation split, per kind of negatives; `weights` the digests
-    of the encoders. The card, `README.md`, also tells the size of `train`, the training split, and the figures of an
-    evaluation, a `report` of `report_json`; `false` are the facts in whose false captions it was trained too. An
-    earlier checkpoint of that name is replaced; any other folder is left alone. On a full disk the earlier one stays,
-    and the error says so.
+    `by` is the `training_recipe`; `thresholds` are the match logits chosen on the validation split, per kind of
+    negatives. The card, `README.md`, also tells the size of `train`, the training split, and the figures of an
+    evaluation, a `report` of `report_json`. An earlier checkpoint of that name is replaced; any other folder is left
+    alone. On a full disk the earlier one stays, and the error says so.
     """
     folder = Path(folder)
     check_free_for_checkpoint(folder)
-    settings = {key: value for key, value in asdict(profile).items() if key not in ("cache", "coco_root")}
-    training = {
-        "fuser": name,
-        "profile": settings,
-        "thresholds": thresholds,
-        "weights": weights,
-        "history": asdict(history),
-        "false": list(false),
-    }
+    training = by | {"thresholds": thresholds, "history": asdict(history)}
     if train is not None:
         training["train"] = {"images": len(train.image_rows), "captions": len(train.owner)}
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -241,6 +241,21 @@ def test_train_keeps_what_was_asked_in_the_checkpoint(checkpoints):
         assert training["weights"].keys() == {"efficientnet-lite0", "minilm-l6"}
 
 
+def test_a_finished_training_is_not_repeated_but_another_one_is(copied, coco, capsys):
+    options = ["--coco-root", str(coco), "--out", str(copied), "--epochs", "2"]
+    before = (copied / "training.json").read_bytes()
+    change(copied, thresholds={"random": 7.0})  # what training again would replace
+    assert main(["train", *options]) == 0
+    assert capsys.readouterr().out == (
+        f"{copied} is this training, finished; to repeat it, delete it or name another --out\n"
+    )
+    assert mmkit.load_checkpoint(copied)[1]["thresholds"] == {"random": 7.0}
+    assert main(["train", *options, "--seed", "1"]) == 0
+    assert "2 epochs" in capsys.readouterr().out and mmkit.load_checkpoint(copied)[1]["profile"]["seed"] == 1
+    assert main(["train", *options]) == 0
+    assert (copied / "training.json").read_bytes() == before
+
+
 def test_the_environment_names_the_folder_for_a_checkpoint_of_any_profile(copied, coco, capsys, monkeypatch):
     options = ["--profile", "mini", "--coco-root", str(coco), "--epochs", "1", "--out", str(copied)]
     assert main(["train", *options]) == 0

@@ -535,10 +535,15 @@ def test_the_last_batch_may_be_a_single_pair(make):
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
+def made_by(name: str = "mlp", weights: str = "abc", data: str = "d1", false=(), accumulate: int = 1, **settings):
+    profile = mmkit.profile("mini", **({"epochs": 3} | settings))
+    return mmkit.training_recipe(name, profile, {"minilm-l6": weights}, data, false, accumulate)
+
+
 def save(folder, fuser: PairFuser, name: str = "mlp", **changes: object):
     history = History([{"loss": 1.5, "validation_loss": 2.5}], 0)
-    given = {"thresholds": {"random": 0.25, "hard": -1.5}, "history": history, "weights": {"minilm-l6": "abc"}}
-    return save_checkpoint(folder, fuser, name, mmkit.profile("mini", epochs=3), **(given | changes))
+    given = {"thresholds": {"random": 0.25, "hard": -1.5}, "history": history}
+    return save_checkpoint(folder, fuser, made_by(name), **(given | changes))
 
 
 @pytest.mark.parametrize(("name", "make"), [("mlp", small_mlp), ("gnn", small_gnn)])
@@ -591,7 +596,8 @@ def test_a_model_card_names_what_the_checkpoint_was_made_of(tmp_path):
     profile = mmkit.profile("photos", **encoding, image_size=96, squash=True, split_seed=7, val_fraction=0.125)
     history = History([{"validation_loss": value} for value in (3.0, 2.03125, 2.5)], 1)
     given = {"efficientnet-lite0": "ab" * 32, profile.text_encoder: "cd" * 32}
-    folder = save_checkpoint(tmp_path / "run", fuser, "mlp", profile, thresholds, history, given, train, report)
+    by = mmkit.training_recipe("mlp", profile, given)
+    folder = save_checkpoint(tmp_path / "run", fuser, by, thresholds, history, train, report)
     card = ModelCard.load(folder / "README.md")
     rows = [line.strip("| ").split(" | ") for line in card.text.splitlines() if line.startswith("| ")]
     assert ["images", "efficientnet-lite0", "24", "ab" * 32] in rows
@@ -665,10 +671,30 @@ def test_training_takes_at_least_one_epoch():
 
 @pytest.mark.parametrize("file, content", [("training.json", "{"), ("training.json", "{}"), ("model.safetensors", "x")])
 def test_a_damaged_checkpoint_is_named(tmp_path, file, content):
-    folder = mmkit.save_checkpoint(tmp_path / "run", small_mlp(), "mlp", mmkit.profile(), {}, mmkit.History(), {})
+    folder = save(tmp_path / "run", small_mlp())
     (folder / file).write_text(content)
     with pytest.raises(MmkitError, match="run is damaged"):
         mmkit.load_checkpoint(folder)
+    assert not mmkit.is_trained(folder, made_by())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "gnn"},
+        {"weights": "abd"},
+        {"data": "d2"},
+        {"false": ("colour",)},
+        {"accumulate": 2},
+        {"epochs": 4},
+        {"seed": 1},
+        {"feature_dropout": 0.1},
+    ],
+)
+def test_a_checkpoint_is_known_by_all_that_decides_a_training(change, tmp_path):
+    folder = save(tmp_path / "run", small_mlp())
+    assert mmkit.is_trained(folder, made_by()) and mmkit.is_trained(folder, made_by(cache=tmp_path))
+    assert not mmkit.is_trained(folder, made_by(**change)) and not mmkit.is_trained(tmp_path / "none", made_by())
 
 
 # --- broken off and resumed ----------------------------------------------------------------------
