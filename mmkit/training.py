@@ -1,6 +1,5 @@
 """One loop for every fuser."""
 
-import copy
 import json
 import math
 import os
@@ -235,7 +234,7 @@ def fit(
     steps = epochs * -(-len(loader) // accumulate)
     scheduler = LambdaLR(optimizer, lambda step: _warmup_cosine(step, max(1, steps // 10), steps))
     losses, optimizer, scheduler = accelerator.prepare(losses, optimizer, scheduler)
-    history, best = History(), copy.deepcopy(fuser.state_dict())
+    history, best = History(), _learnt(fuser)
     weights = torch.tensor([contrastive_weight, matching_weight, 1.0])
     settings = [epochs, batch_size, learning_rate, weight_decay, contrastive_weight, matching_weight, clip, seed]
     sizes = [sum(p.numel() for p in fuser.parameters()), len(train.owner), len(validation.owner)]
@@ -284,14 +283,24 @@ def fit(
             )
         history.rows.append(row)
         if row["validation_loss"] <= min(history.column("validation_loss")):
-            history.best_epoch, best = epoch, copy.deepcopy(fuser.state_dict())
+            history.best_epoch, best = epoch, _learnt(fuser)
         if state is not None and accelerator.is_main_process:
             facts = {"made_by": made_by, "history": asdict(history), "scheduler": scheduler.scheduler.state_dict()}
-            modules = {"fuser": fuser.state_dict(), "best": best}
+            modules = {"fuser": _learnt(fuser), "best": best}
             save_state(state, modules, optimizer.optimizer.state_dict(), facts)
-    fuser.load_state_dict(best)
+    _restore(fuser, best)
     fuser.eval()
     return history
+
+
+def _learnt(fuser: PairFuser) -> dict[str, Tensor]:
+    """A copy of all of its state that training may change: not the frozen weights of an adapted encoder."""
+    frozen = {name for name, weight in fuser.named_parameters(remove_duplicate=False) if not weight.requires_grad}
+    return {name: value.detach().clone() for name, value in fuser.state_dict().items() if name not in frozen}
+
+
+def _restore(fuser: PairFuser, learnt: dict[str, Tensor]) -> None:
+    fuser.load_state_dict(fuser.state_dict() | learnt)
 
 
 def _suspects(train: PairedFeatures, order: Order, step: int, batch_size: int) -> str:
@@ -316,7 +325,7 @@ def _resume(
     modules, optimizer_state, facts = found
     if facts["made_by"] != json.loads(json.dumps(made_by)):
         raise MmkitError(f"{state} is of another training. Remedy: name another file, or delete it to start again.")
-    fuser.load_state_dict(modules["fuser"])
+    _restore(fuser, modules["fuser"])
     optimizer.optimizer.load_state_dict(optimizer_state)
     scheduler.scheduler.load_state_dict(facts["scheduler"])
     return History(**facts["history"]), modules["best"]

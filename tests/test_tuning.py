@@ -220,6 +220,8 @@ def test_only_the_adapters_and_the_fuser_are_trained(features, encoders, tmp_pat
     inner = sum(parameter.numel() for parameter in fuser.fuser.parameters())
     backbone = sum(parameter.numel() for parameter in encoders.text.parameters())
     assert fuser.parameter_counts == (adapters + inner, adapters + inner + backbone)
+    state = settings["state"].stat().st_size  # now and at its best, with two moments of AdamW: no frozen weight
+    assert 0 < state - 4 * 4 * (adapters + inner) < 200_000
     again = tuned(features, encoders, rank=4)
     assert fit(again, *parts, **settings) == history  # taken up from the state, which is that of the end
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in fuser.state_dict().items())
