@@ -145,6 +145,7 @@ def encoders(arguments: argparse.Namespace) -> int:
 
 def train(arguments: argparse.Namespace) -> int:
     from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
 
     from mmkit.checkpoints import check_free_for_checkpoint
 
@@ -157,8 +158,9 @@ def train(arguments: argparse.Namespace) -> int:
     parts = {name: _split(profile, dataset, store, name) for name in ("train", "val")}
     learnt = (_weights(encoders), _digest(dataset, parts), arguments.false, arguments.accumulate)
     by, false = mmkit.training_recipe(arguments.fuser, profile, *learnt), None
-    if mmkit.is_trained(arguments.out, by):
-        if PartialState().is_main_process:
+    main = PartialState().is_main_process  # of the processes of torchrun or accelerate launch
+    if broadcast_object_list([main and mmkit.is_trained(arguments.out, by)])[0]:
+        if main:
             print(f"{arguments.out} is this training, finished; to repeat it, delete it or name another --out")
         return 0
     if arguments.false:
@@ -166,7 +168,7 @@ def train(arguments: argparse.Namespace) -> int:
     fuser = mmkit.build_fuser(arguments.fuser, profile, *parts["train"].dims)
     state = arguments.out.with_name(f"{arguments.out.name}.state")  # the same command goes on from here
     history = mmkit.fit_profile(fuser, parts["train"], parts["val"], profile, state, false, arguments.accumulate)
-    if not PartialState().is_main_process:  # of the processes of torchrun or accelerate launch
+    if not main:
         return 0
     thresholds = mmkit.choose_thresholds(fuser, parts["val"], profile.seed)
     mmkit.save_checkpoint(arguments.out, fuser, by, thresholds, history, parts["train"])

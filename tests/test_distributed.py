@@ -124,6 +124,7 @@ def job(folder: Path) -> None:
         options = ["--coco-root", folder / "scenes", "--epochs", "1", "--out", folder / "cli"]
         assert main(["train", *map(str, options)]) == 0
         process.wait_for_everyone()  # the main one has saved it
+        assert main(["train", *map(str, options)]) == 0
         judged = [folder / "cli", "--coco-root", folder / "scenes", "--split", "all"]
         assert main(["evaluate", *map(str, judged)]) == 0
     if process.is_main_process:
@@ -238,6 +239,7 @@ def test_a_job_that_lost_a_process_goes_on_and_ends_in_the_same_bits(both, first
 def test_two_processes_write_one_checkpoint_and_one_message_and_one_of_them_judges(both):
     folder, printed = both
     assert printed.count("saved as") == printed.count("validation loss") == printed.count("rsum ") == 1
+    assert printed.count("is this training, finished") == 1
     assert not (folder / "cli.state").exists()
     assert len(mmkit.load_checkpoint(folder / "cli")[1]["history"]["rows"]) == 1
 
