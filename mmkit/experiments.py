@@ -249,11 +249,7 @@ def _kept(path: Path, fresh: Results) -> Results:
     if changed := [key for key in fresh.conditions if old.conditions.get(key) != fresh.conditions[key]]:
         print(f"{fresh.name}: other {', '.join(changed)} than in {path.name}; it starts anew", flush=True)
         return fresh
-    same = {
-        name
-        for name, settings in fresh.variants.items()
-        if old.variants.get(name, {}) | {"seeds": settings["seeds"]} == settings  # their number changes no run
-    }
+    same = {name for name, settings in fresh.variants.items() if old.variants.get(name) == settings}
     runs = tuple(run for run in old.runs if run.variant in same)
     if len(runs) < len(old.runs):
         dropped = ", ".join(sorted({run.variant for run in old.runs} - same))

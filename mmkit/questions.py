@@ -1,7 +1,7 @@
 """The questions that `make results` answers: what is compared with what, on which data, over how many seeds."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from .training import FUSERS
@@ -18,8 +18,7 @@ class Variant:
     `false` are facts: on scenes it learns from captions that are false in one of them too. `corrected` is a method of
     `HubnessCorrected`, which corrects the trained fuser's scores by the pool. `lora`, where not 0, is the rank of
     adapters in the text encoder (`LoRATextFuser`), which the trained fuser is then trained on with, under the profile
-    as `tuning` changes it. `seeds`, where not 0, are fewer than the experiment's, for what costs much and decides
-    little.
+    as `tuning` changes it.
     """
 
     fuser: str = "mlp"
@@ -29,7 +28,6 @@ class Variant:
     corrected: str = ""
     lora: int = 0
     tuning: Mapping[str, Any] = field(default_factory=dict)
-    seeds: int = 0
 
     @property
     def encoding(self) -> dict[str, Any]:
@@ -39,8 +37,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A question, and the runs that answer it: every one of the `variants` with every seed from 0 to `seeds` - 1, or to
-    its own number less 1.
+    """A question, and the runs that answer it: every one of the `variants` with every seed from 0 to `seeds` - 1.
 
     `data` is "scenes" or "photos" and names the profile, which `settings` change for all variants. With `unseen` so
     many images are the test split, and a tenth of the rest validates. `reference`, `columns` and `compared` are those
@@ -59,14 +56,8 @@ class Experiment:
     seeds: int = 5
 
     def runs(self, seeds: int | None = None) -> list[tuple[str, int]]:
-        """The variants and seeds to run, at most `seeds` of each: a seed of all variants before the next seed."""
-        most = self.seeds if seeds is None else seeds
-        return [
-            (name, seed)
-            for seed in range(most)
-            for name, variant in self.variants.items()
-            if seed < (variant.seeds or most)
-        ]
+        """The variants and seeds to run, `seeds` of each: a seed of all variants before the next seed."""
+        return [(name, seed) for seed in range(self.seeds if seeds is None else seeds) for name in self.variants]
 
 
 _WHOLE: dict[str, Any] = {"squash": True}
@@ -75,20 +66,17 @@ _SHARP: dict[str, Any] = {"image_encoder": "efficientnet-lite2", "image_size": 3
 _SUGGESTIONS = {
     "mlp": Variant(),
     "matching loss only": Variant(settings={"contrastive_weight": 0.0}),
+    "Lite1": Variant(settings={"image_encoder": "efficientnet-lite1"}),
     "Lite2": Variant(settings={"image_encoder": "efficientnet-lite2"}),
     "two-tower": Variant("two-tower"),
-    "two-tower, LoRA": Variant("two-tower", lora=8, tuning={"epochs": 1, "learning_rate": 1e-3}, seeds=2),
+    "two-tower, LoRA": Variant("two-tower", lora=8, tuning={"epochs": 1, "learning_rate": 1e-3}),
     "gnn": Variant("gnn"),
     "gnn, no MLP": Variant("gnn", arguments={"projection": "linear"}),
-}
-_MORE_SUGGESTIONS = {
-    "Lite1": Variant(settings={"image_encoder": "efficientnet-lite1"}),
     "gnn, attention for cosine": Variant("gnn", arguments={"edges": "attention"}),
     "gnn, 2 layers": Variant("gnn", {"layers": 2}),
     "gnn, 4 layers": Variant("gnn", {"layers": 4}),
 }
-_EVERY = {name: Variant(name, seeds=3 if name == "cross-attention" else 0) for name in FUSERS}
-_ON_PHOTOS = {"gnn": 3, "hetero-gnn": 2, "region-word": 2, "cross-attention": 1}  # seeds, where fewer than others
+_EVERY = {name: Variant(name) for name in FUSERS}
 _BINDING = ("diagnostic.relation", "diagnostic.roles", "new.text_to_image.r1")
 _GRAPHS = {
     "mlp, as many parameters": Variant(settings={"fusion_dim": 484}),
@@ -96,11 +84,9 @@ _GRAPHS = {
     **{f"{count} layers": Variant("gnn", {"layers": count}) for count in (0, 2, 4)},
     "heads: 1": Variant("gnn", {"heads": 1}),
     **{f"neighbours: {count}": Variant("gnn", {"neighbours": count}) for count in (2, 20)},
-    **{
-        f"edges: {kind}": Variant("gnn", arguments={"edges": kind}, seeds=2) for kind in ("mutual", "attention", "none")
-    },
-    "bank of 512": Variant("gnn", arguments={"bank": 512}, seeds=2),
-    "hetero-gnn": Variant("hetero-gnn", seeds=2),
+    **{f"edges: {kind}": Variant("gnn", arguments={"edges": kind}) for kind in ("mutual", "attention", "none")},
+    "bank of 512": Variant("gnn", arguments={"bank": 512}),
+    "hetero-gnn": Variant("hetero-gnn"),
     "no MLP": Variant("gnn", arguments={"projection": "linear"}),
     "no MLP, 0 layers": Variant("gnn", {"layers": 0}, {"projection": "linear"}),
     "two-tower": Variant("two-tower"),
@@ -122,8 +108,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "fusers-photos",
             "Does that hold on photos?",
             "photos",
-            {name: replace(variant, seeds=_ON_PHOTOS.get(name, 0)) for name, variant in _EVERY.items()}
-            | {"two-tower, as short and narrow as region-word": Variant("two-tower", _SHORT, seeds=3)},
+            _EVERY | {"two-tower, as short and narrow as region-word": Variant("two-tower", _SHORT)},
             "mlp",
             (*_MATCHING, *_RECALLS, "training_time"),
         ),
@@ -132,12 +117,12 @@ EXPERIMENTS: dict[str, Experiment] = {
                 f"suggestions-{data}",
                 f"What do the suggestions of the articles' readers bring on {data}?",
                 data,
-                variants,
+                _SUGGESTIONS,
                 "mlp",
                 ("accuracy.random", *_RECALLS, "training_time"),
                 seeds=3,
             )
-            for data, variants in (("scenes", _SUGGESTIONS | _MORE_SUGGESTIONS), ("photos", _SUGGESTIONS))
+            for data in ("scenes", "photos")
         ),
         Experiment(
             "unseen-700",
@@ -162,7 +147,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "scenes",
             {
                 "mlp": Variant("mlp", false=("relation", "roles")),
-                "cross-attention": Variant("cross-attention", {"part_epochs": 4}, false=("relation", "roles"), seeds=1),
+                "cross-attention": Variant("cross-attention", {"part_epochs": 4}, false=("relation", "roles")),
                 "region-word": Variant("region-word", false=("relation", "roles")),
             },
             "mlp",
@@ -177,7 +162,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "mlp",
             ("diagnostic.count", "diagnostic.size", "diagnostic.object", *_RECALLS),
             compared="diagnostic.count",
-            seeds=1,
+            seeds=3,
         ),
         Experiment(
             "graph",
@@ -215,7 +200,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "unseen-1000",
             "How well do small heads match 1,000 photos that they have not seen?",
             "photos",
-            {name: Variant(name, seeds=1 if name == "gated" else 0) for name in ("mlp", "gated", "two-tower", "cca")},
+            {name: Variant(name) for name in ("mlp", "gated", "two-tower", "cca")},
             "mlp",
             compared="accuracy.random",
             unseen=1000,

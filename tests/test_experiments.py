@@ -149,13 +149,6 @@ def test_a_changed_variant_costs_its_own_runs_alone(copied, results, load, capsy
     assert changed.values("narrow", "rsum") != results.values("narrow", "rsum")
 
 
-def test_another_number_of_seeds_drops_no_run(copied, results, load, capsys):
-    variants = TINY.variants | {"narrow": replace(TINY.variants["narrow"], seeds=1)}
-    found = run_experiment(replace(TINY, variants=variants), copied, load=load)
-    assert found.runs == results.runs and found.variants["narrow"]["seeds"] == 1
-    assert "0 runs to take, 4 taken before" in capsys.readouterr().out
-
-
 def test_settings_that_came_later_have_been_at_their_defaults(copied, results, load, capsys):
     found = json.loads((copied / "tiny.json").read_text())
     del found["conditions"]["profile"]["squash"]
