@@ -304,18 +304,27 @@ def run_experiment(
 def run_experiments(folder: Path, only: Sequence[str] = (), seeds: int | None = None) -> None:
     """`run_experiment` for all of `EXPERIMENTS`, or those whose name begins with one of `only`.
 
-    Then README's tables are written from the JSON, if `folder` is the checkout's `notebooks/results`.
+    One that cannot be run does not keep the others from it; its error comes at the end. README's tables are written
+    from the JSON, if `folder` is the checkout's `notebooks/results`.
     """
     chosen = [experiment for name, experiment in EXPERIMENTS.items() if not only or name.startswith(tuple(only))]
     if not chosen:
         raise MmkitError(f"No experiment {' '.join(only)}. Valid names: {', '.join(EXPERIMENTS)}")
     load = functools.cache(_load)  # experiments on the same data share it
+    failed = {}
     for experiment in chosen:
-        run_experiment(experiment, folder, seeds, load)
+        try:
+            run_experiment(experiment, folder, seeds, load)
+        except MmkitError as error:
+            failed[experiment.name] = error
     folder = folder.resolve()
-    if folder.parts[-len(FOLDER.parts) :] != FOLDER.parts:
-        return
-    readme = folder.parents[len(FOLDER.parts) - 1] / "README.md"
+    if folder.parts[-len(FOLDER.parts) :] == FOLDER.parts:
+        _rewrite_tables(folder.parents[len(FOLDER.parts) - 1] / "README.md", folder)
+    if failed:
+        raise MmkitError("\n".join(f"{name} was not finished: {error}" for name, error in failed.items()))
+
+
+def _rewrite_tables(readme: Path, folder: Path) -> None:
     if readme.is_file():
         text = readme.read_text(encoding="utf-8")
         write_whole(readme, with_section(text, results_section(folder, list(EXPERIMENTS))))

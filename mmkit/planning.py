@@ -142,7 +142,9 @@ def plan_table(measured: Measured, run: Workload | None = None, gpu: Gpu = A100)
     for entry in entries(measured, run, gpu):
         rows.setdefault(entry.step, {})[entry.where] = _shown(entry)
     lines = [f"{step:<30}" + "".join(f"{row.get(where, ''):>11}" for where in wheres) for step, row in rows.items()]
-    head = f"{run.images:,} images, {run.captions:,} captions; here: {facts['machine']}, {facts['threads']} threads"
+    asked = facts["profile"]
+    head = f"profile {asked['name']}: {asked['image_encoder']}, {asked['text_encoder']}; {run.images:,} images, "
+    head += f"{run.captions:,} captions\nhere: {facts['machine']}, {facts['threads']} threads"
     stars = f"No star: measured here, scaled to this size. *: computed, for {gpu.name}:"
     return "\n".join([head, "", *(line.rstrip() for line in lines), "", stars, SOURCES, ASSUMPTIONS])
 

@@ -147,7 +147,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "scenes",
             {
                 "mlp": Variant("mlp", false=("relation", "roles")),
-                "cross-attention": Variant("cross-attention", {"part_epochs": 4}, false=("relation", "roles")),
+                "cross-attention": Variant("cross-attention", false=("relation", "roles")),
                 "region-word": Variant("region-word", false=("relation", "roles")),
             },
             "mlp",

@@ -473,3 +473,17 @@ def test_the_tables_of_a_checkout_are_rewritten_and_nothing_else(folder, results
     for place in (out, tmp_path / "notebooks" / "other", Path("/")):  # no README, or none of theirs
         run_experiments(place, ["unseen-1000"])
     assert "tables written" not in capsys.readouterr().out
+
+
+def test_an_experiment_that_cannot_be_run_keeps_no_other_from_it(tmp_path, monkeypatch):
+    taken = []
+
+    def take(experiment, *_):
+        taken.append(experiment.name)
+        if experiment.name == "graph":
+            raise MmkitError("no luck")
+
+    monkeypatch.setattr(experiments, "run_experiment", take)
+    with pytest.raises(MmkitError, match=r"^graph was not finished: no luck$"):
+        run_experiments(tmp_path)
+    assert taken == list(EXPERIMENTS)

@@ -7,8 +7,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from mmkit import MmkitError
-from mmkit.course import execute
+import mmkit
+from mmkit import MmkitError, course
+from mmkit.course import CELL_TIMEOUT, execute
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -100,6 +101,25 @@ def test_the_runner_reports_memory_and_the_key_figure(tmp_path):
     assert nbformat.read(tmp_path / "out" / "a.ipynb", 4).cells[1].execution_count == 2
 
 
+def test_a_cell_has_as_long_as_the_runner_is_told(tmp_path):
+    source = small_notebook(tmp_path / "c.ipynb", "import time; time.sleep(4)")
+    with pytest.raises(MmkitError, match=r"c\.ipynb stopped at its code cell 1: it took more than 1 s\n"):
+        execute(source, tmp_path / "out" / "c.ipynb", timeout=1)
+    assert execute(source, tmp_path / "out" / "c.ipynb", timeout=None).seconds > 4
+
+
+@pytest.mark.parametrize(("name", "timeout"), [("mini", CELL_TIMEOUT), ("photos", None), ("coco", None)])
+def test_only_the_default_profile_limits_the_time_of_a_cell(name, timeout, tmp_path, monkeypatch):
+    small_notebook(tmp_path / "a.ipynb", "x = 1")
+    given = []
+    monkeypatch.setattr(course, "execute", lambda *asked: given.append(asked) or course.Executed("a", 0, 0, ""))
+    for variable in ("MMKIT_PROFILE", "MMKIT_CACHE", "MMKIT_COCO_ROOT"):
+        monkeypatch.setenv(variable, "")  # which the runner sets
+    profile = mmkit.profile(name, data="scenes", cache=tmp_path)
+    course.run_course(tmp_path, tmp_path / "out", profile)
+    assert [asked[2] for asked in given] == [timeout]
+
+
 def test_the_runner_names_the_cell_that_failed_and_keeps_what_ran(tmp_path):
     source = small_notebook(tmp_path / "b.ipynb", "print('before')", "raise ValueError('no luck')", "print('after')")
     with pytest.raises(MmkitError, match=r"b\.ipynb stopped at its code cell 2: ValueError: no luck"):
@@ -107,3 +127,61 @@ def test_the_runner_names_the_cell_that_failed_and_keeps_what_ran(tmp_path):
     kept = nbformat.read(tmp_path / "out" / "b.ipynb", 4)
     assert "before" in kept.cells[0].outputs[0].text
     assert not kept.cells[2].outputs
+
+
+# --- figures that are quoted from committed runs -------------------------------------------------
+
+
+def quoted(number: str, sentence: str) -> None:
+    (path,) = (path for path in NOTEBOOKS if path.stem.startswith(number))
+    assert sentence in prose(nbformat.read(path, as_version=4))
+
+
+def test_notebook_3_quotes_what_each_part_brings():
+    quoted("03", "falls by 4.3 points; without the product it falls by 3.3, and rsum by 24.")
+    paths, losses = mmkit.load_results("paths"), mmkit.load_results("losses")
+    hard = {name: 100 * paths.mean(name, "accuracy.hard") for name in paths.variants}
+    assert round(hard["both"] - hard["product only"], 1) == 4.3
+    assert round(hard["both"] - hard["concatenation only"], 1) == 3.3
+    assert round(paths.difference("both", "concatenation only", "rsum").mean) == 24
+    quoted(
+        "03", "The contrastive loss alone ranks best; the matching loss beside it brings one point on hard negatives"
+    )
+    assert max(losses.variants, key=lambda name: losses.mean(name, "rsum")) == "contrastive only"
+    assert round(100 * losses.difference("both", "contrastive only", "accuracy.hard").mean) == 1
+    quoted("03", "after six on all of them, over five seeds, it is still below them")
+    scenes = mmkit.load_results("fusers-scenes")
+    pooled = min(scenes.mean(name, "text_to_image.r1") for name in ("mlp", "gated", "two-tower", "cca"))
+    assert scenes.mean("cross-attention", "text_to_image.r1") < pooled
+
+
+def test_notebook_4_quotes_what_the_graph_costs_on_photos():
+    quoted("04", "On photos the MLP had lost half; and there four layers in place of one lose as much again")
+    photos = mmkit.load_results("suggestions-photos")
+    whole = photos.difference("mlp", "gnn", "rsum").mean
+    assert photos.difference("gnn, no MLP", "gnn", "rsum").mean / whole == pytest.approx(0.5, abs=0.05)
+    assert photos.difference("gnn", "gnn, 4 layers", "rsum").mean / whole == pytest.approx(1, abs=0.05)
+
+
+def test_notebook_4_quotes_what_false_captions_cost_cross_attention():
+    quoted("04", "the false captions cost it recall instead (without them it has 90 %")
+    scenes, bound = mmkit.load_results("fusers-scenes"), mmkit.load_results("binding")
+    assert round(100 * scenes.mean("cross-attention", "text_to_image.r1")) == 90
+    assert bound.mean("cross-attention", "text_to_image.r1") < 0.8
+    assert bound.difference("cross-attention", "mlp", "diagnostic.roles").interval.low < 0
+    assert bound.variants["cross-attention"]["settings"] == bound.variants["region-word"]["settings"]  # as many epochs
+
+
+def test_notebook_5_quotes_who_is_behind_on_photos_and_the_accuracies():
+    quoted("05", "are 22 to 34 points behind the MLP, the latter two kinds at 1.7 to 3.2 times its training time")
+    photos, scenes = mmkit.load_results("fusers-photos"), mmkit.load_results("fusers-scenes")
+    apart = {name: photos.difference(name, "mlp", "rsum") for name in mmkit.FUSERS if name != "mlp"}
+    near = {name for name, row in apart.items() if row.interval.high > 0}
+    assert near == {"gated", "two-tower"}
+    behind = [round(-row.mean) for name, row in apart.items() if name not in near]
+    assert (min(behind), max(behind)) == (22, 34)
+    dear = [round(photos.mean(name, "training_time"), 1) for name in apart if name not in {*near, "cca"}]
+    assert (min(dear), max(dear)) == (1.7, 3.2)
+    quoted("05", "99 % on the scenes, 93 % on 2,233 photos of COCO. On *hard* ones the same head has 87 and 58 %.")
+    figures = [data.mean("mlp", f"accuracy.{kind}") for kind in ("random", "hard") for data in (scenes, photos)]
+    assert [round(100 * figure) for figure in figures] == [99, 93, 87, 58]

@@ -22,7 +22,8 @@ def cost(**changes: object) -> Cost:
 
 def measured(**fusers: Cost) -> Measured:
     sizes = {"images": 4096.0, "grids": 200_704.0, "captions": 1536.0, "tokens": 15_360.0}
-    facts = {"machine": "CPU, 2 cores", "threads": 2}
+    settings = {"name": "coco", "image_encoder": "resnet50", "text_encoder": "bert-base-uncased"}
+    facts = {"machine": "CPU, 2 cores", "threads": 2, "profile": settings}
     return Measured("command", facts, {"images": 10.0, "captions": 50.0, "decoded": 100.0}, sizes, fusers)
 
 
@@ -100,7 +101,8 @@ def test_the_table_marks_what_is_computed_and_names_sources_and_assumptions():
     assert rows["train mlp"][-1] == "–"
     assert rows["train gnn"][-2:] == ["1", "GB"]
     text = "\n".join(lines)
-    assert "30,000 images, 150,000 captions; here: CPU, 2 cores, 2 threads" in text
+    assert lines[0] == "profile coco: resnet50, bert-base-uncased; 30,000 images, 150,000 captions"
+    assert lines[1] == "here: CPU, 2 cores, 2 threads"
     assert planning.SOURCES in text
     assert planning.ASSUMPTIONS in text
     assert max(map(len, lines)) <= 120
