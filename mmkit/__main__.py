@@ -74,6 +74,7 @@ def _weights(encoders: mmkit.Encoders) -> dict[str, str]:
 
 
 def _digest(dataset: mmkit.CaptionDataset, parts: dict[str, mmkit.PairedFeatures]) -> str:
+    """Of the dataset, and of which images are in each part."""
     rows = [dataset.fingerprint(), *(part.image_ids.tolist() for part in parts.values())]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
@@ -159,14 +160,15 @@ def train(arguments: argparse.Namespace) -> int:
     learnt = (_weights(encoders), _digest(dataset, parts), arguments.false, arguments.accumulate)
     by, false = mmkit.training_recipe(arguments.fuser, profile, *learnt), None
     main = PartialState().is_main_process  # of the processes of torchrun or accelerate launch
+    state = arguments.out.with_name(f"{arguments.out.name}.state")  # the same command goes on from here
     if broadcast_object_list([main and mmkit.is_trained(arguments.out, by)])[0]:
         if main:
+            state.unlink(missing_ok=True)  # of a run that was killed when all was saved
             print(f"{arguments.out} is this training, finished; to repeat it, delete it or name another --out")
         return 0
     if arguments.false:
         false = mmkit.false_captions(dataset, parts["train"], encoders, arguments.false, (1, 2), profile.precision)
     fuser = mmkit.build_fuser(arguments.fuser, profile, *parts["train"].dims)
-    state = arguments.out.with_name(f"{arguments.out.name}.state")  # the same command goes on from here
     history = mmkit.fit_profile(fuser, parts["train"], parts["val"], profile, state, false, arguments.accumulate)
     if not main:
         return 0

@@ -1,5 +1,6 @@
 """What extraction, and the training and evaluation of each fuser, cost on the machine at hand."""
 
+import contextlib
 import ctypes
 import tempfile
 import time
@@ -134,10 +135,11 @@ def _peak(reset: bool = False) -> int:
     """The peak of this process's resident memory in bytes; 0 where the system does not tell (it is Linux's)."""
     try:
         if reset:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed long ago is no need of what comes
+            with contextlib.suppress(AttributeError):  # glibc's: what was freed long ago is no need of what comes
+                ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
         return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError, AttributeError, TypeError):  # without glibc, or without /proc
+    except (OSError, IndexError, TypeError):  # no /proc, or, on Windows, no such library
         return 0
 
 

@@ -311,17 +311,17 @@ def run_experiments(folder: Path, only: Sequence[str] = (), seeds: int | None = 
     if not chosen:
         raise MmkitError(f"No experiment {' '.join(only)}. Valid names: {', '.join(EXPERIMENTS)}")
     load = functools.cache(_load)  # experiments on the same data share it
-    failed = {}
+    failed: dict[str, list[str]] = {}  # by message: what one fault stops is told once
     for experiment in chosen:
         try:
             run_experiment(experiment, folder, seeds, load)
         except MmkitError as error:
-            failed[experiment.name] = error
+            failed.setdefault(str(error), []).append(experiment.name)
     folder = folder.resolve()
     if folder.parts[-len(FOLDER.parts) :] == FOLDER.parts:
         _rewrite_tables(folder.parents[len(FOLDER.parts) - 1] / "README.md", folder)
     if failed:
-        raise MmkitError("\n".join(f"{name} was not finished: {error}" for name, error in failed.items()))
+        raise MmkitError("\n".join(f"not finished: {', '.join(names)}. {why}" for why, names in failed.items()))
 
 
 def _rewrite_tables(readme: Path, folder: Path) -> None:

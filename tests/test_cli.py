@@ -245,11 +245,13 @@ def test_a_finished_training_is_not_repeated_but_another_one_is(copied, coco, ca
     options = ["--coco-root", str(coco), "--out", str(copied), "--epochs", "2"]
     before = (copied / "training.json").read_bytes()
     change(copied, thresholds={"random": 7.0})  # what training again would replace
+    state = copied.with_name("copied.state")
+    state.write_text("killed before this was removed")
     assert main(["train", *options]) == 0
     assert capsys.readouterr().out == (
         f"{copied} is this training, finished; to repeat it, delete it or name another --out\n"
     )
-    assert mmkit.load_checkpoint(copied)[1]["thresholds"] == {"random": 7.0}
+    assert mmkit.load_checkpoint(copied)[1]["thresholds"] == {"random": 7.0} and not state.exists()
     assert main(["train", *options, "--seed", "1"]) == 0
     assert "2 epochs" in capsys.readouterr().out and mmkit.load_checkpoint(copied)[1]["profile"]["seed"] == 1
     assert main(["train", *options]) == 0
