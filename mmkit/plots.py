@@ -167,7 +167,8 @@ def plot_bars(
         places = np.arange(len(labels)) + (n - (len(names) - 1) / 2) * width
         heights = [groups[name][label] for label in labels]
         bars = axis.bar(places, heights, width * 0.94, label=name, color=COLOURS[n], hatch=hatch, edgecolor="white")
-        axis.bar_label(bars, fmt="%.1f" if max(heights) > 2 else "%.2f", fontsize=8, padding=1)
+        size = 8 if len(names) * len(labels) < 16 else 6  # as wide as a bar of many
+        axis.bar_label(bars, fmt="%.1f" if max(heights) > 2 else "%.2f", fontsize=size, padding=1)
     for place, label in enumerate(labels):
         if chance and label in chance:
             axis.hlines(
