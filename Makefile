@@ -1,26 +1,32 @@
 # make run    execute the notebooks in order        make lab    open them in JupyterLab
 # make test   unit tests, and every notebook as one  make bench  measure against plain baselines
+# make test-all  and the slow tests, which kill processes, wait, or start jobs
 # make results  take the runs of several seeds behind the tables again, where something changed (some hours)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lab bench results notebooks lint env clean
+.PHONY: run test test-slow test-all lab bench results notebooks lint env clean
 
 run: env
 	@$(BIN)/python -m mmkit run
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 -W ignore notebooks
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow
+
+test-all: test test-slow
 
 lab: env
 	$(BIN)/jupyter lab notebooks/01_preprocessing.ipynb
 
 bench: env
-	$(BIN)/python tests/bench.py
+	$(BIN)/python tests/bench/bench.py
 
 results: env # photos take part where MMKIT_COCO_ROOT names their folder
-	OMP_NUM_THREADS=1 $(BIN)/python -m mmkit results
+	OMP_NUM_THREADS=1 $(BIN)/python notebooks/results/run.py
 
 notebooks: env # execute the notebooks over themselves, to commit them
 	$(BIN)/python -m mmkit run --in-place

@@ -1,4 +1,4 @@
-"""The steps of the course for a terminal or a cluster job: `python -m mmkit COMMAND --help`."""
+"""The steps of the course for a terminal or a cluster job: `mmkit COMMAND --help`, or `python -m mmkit COMMAND`."""
 
 from __future__ import annotations  # a command imports what it needs: checking a folder needs no torch
 
@@ -6,6 +6,8 @@ import argparse
 import hashlib
 import json
 import os
+import runpy
+import shutil
 import sys
 import time
 from collections import Counter
@@ -13,16 +15,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import numpy as np
+
 import mmkit
-from mmkit.course import run_course
 from mmkit.data import SPLITS
-from mmkit.facts import FACTS
+from mmkit.profiles import CHECKOUT
+from mmkit.scenes import FACTS
 
 _PATIENCE = 10  # seconds in which a launcher ends the other processes after the main one
 
 
 def _settings(arguments: argparse.Namespace) -> mmkit.Profile:
-    """The profile that the options name; a COCO folder without a profile means the profile "photos"."""
+    """The profile that the options name; a folder without a profile means the profile "photos"."""
     name, root = arguments.profile or os.environ.get("MMKIT_PROFILE"), arguments.coco_root
     changes = _changes(getattr(arguments, "set", ())) | ({"coco_root": root} if root else {})
     return mmkit.profile(name or ("photos" if root else None), skip_missing=arguments.skip_missing, **changes)
@@ -45,72 +49,63 @@ def _changes(pairs: Sequence[str]) -> dict[str, object]:
     return changes
 
 
-def _load(profile: mmkit.Profile, **optional: bool) -> tuple[mmkit.CaptionDataset, mmkit.Encoders, mmkit.FeatureStore]:
+def _load(profile: mmkit.Profile, **parts: bool) -> tuple[mmkit.CaptionDataset, mmkit.Encoders, mmkit.PairedFeatures]:
     dataset = mmkit.load_dataset(profile)
     if faults := Counter(fault.kind for fault in dataset.faults):
         counted = ", ".join(f"{count:,} {kind}" for kind, count in faults.items())
         print(f"records with faults: {counted}; see: python -m mmkit check", file=sys.stderr)
     encoders = mmkit.encoders_of(profile)
-    return dataset, encoders, mmkit.extract_features(dataset, encoders, profile.cache, profile.precision, **optional)
+    return dataset, encoders, mmkit.extract_features(dataset, encoders, profile.cache, profile.precision, **parts)
 
 
 def _split(
-    profile: mmkit.Profile, dataset: mmkit.CaptionDataset, store: mmkit.FeatureStore, name: str
+    profile: mmkit.Profile, dataset: mmkit.CaptionDataset, features: mmkit.PairedFeatures, name: str
 ) -> mmkit.PairedFeatures:
     if name == "all":
-        return store.select()
-    rows = dataset.splits(profile.val_fraction, profile.test_fraction, profile.split_seed)[name]
-    if len(rows) < 2:
-        raise mmkit.MmkitError(f"The split {name} has {len(rows)} images. Remedy: --split all, or a larger folder.")
-    return store.select(rows)
-
-
-def _needs(fuser: mmkit.PairFuser | type[mmkit.PairFuser]) -> dict[str, bool]:
-    return {"grids": True, "tokens": True} if fuser.takes_parts else {}
+        return features
+    images = dataset.splits(profile.val_fraction, profile.test_fraction, profile.split_seed)[name]
+    if len(images) < 2:
+        raise mmkit.MmkitError(f"The split {name} has {len(images)} images. Remedy: --split all, or a larger folder.")
+    return features.select(images)
 
 
 def _weights(encoders: mmkit.Encoders) -> dict[str, str]:
     return {encoder.name: encoder.digest() for encoder in (encoders.image, encoders.text)}
 
 
-def _digest(dataset: mmkit.CaptionDataset, parts: dict[str, mmkit.PairedFeatures]) -> str:
-    """Of the dataset, and of which images are in each part."""
-    rows = [dataset.fingerprint(), *(part.image_ids.tolist() for part in parts.values())]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+def _shown(report: dict) -> str:
+    """The figures of `evaluate` as lines to read."""
 
-
-def _print_report(report: dict) -> None:
     def between(part: str, name: str) -> str:
         if name not in report["intervals"][part]:
             return ""
-        interval, percent = report["intervals"][part][name], name == "rsum"
-        return f" ({interval['low']:.{0 if percent else 3}f} to {interval['high']:.{0 if percent else 3}f})"
+        (low, high), digits = report["intervals"][part][name].values(), 0 if name == "rsum" else 3
+        return f" ({low:.{digits}f} to {high:.{digits}f})"
 
     sizes = report["sizes"]
-    print(f"{sizes['images']:,} images, {sizes['captions']:,} captions; 95 % intervals over images in brackets")
+    lines = [f"{sizes['images']:,} images, {sizes['captions']:,} captions; 95 % intervals over images in brackets"]
     for kind, row in report["matching"].items():
         figures = (f"{name} {value:.3f}{between(kind, name)}" for name, value in row.items())
-        print(f"matching, {kind} negatives 1:1   " + "   ".join(figures))
-    for direction, row in report["retrieval"].items():
-        recalls = "   ".join(f"R@{k} {row[f'r{k}']:.3f}{between('retrieval', f'{direction}.r{k}')}" for k in (1, 5, 10))
-        print(f"{direction:<15} {recalls}   median rank {row['median_rank']:.0f}")
-    print(f"rsum {report['rsum']:.1f}{between('retrieval', 'rsum')}")
+        lines.append(f"matching, {kind} negatives 1:1   " + "   ".join(figures))
+    for way, row in report["retrieval"].items():
+        recalls = "   ".join(f"R@{k} {row[f'r{k}']:.3f}{between('retrieval', f'{way}.r{k}')}" for k in (1, 5, 10))
+        lines.append(f"{way:<15} {recalls}   median rank {row['median_rank']:.0f}")
+    lines.append(f"rsum {report['rsum']:.1f}{between('retrieval', 'rsum')}")
     if folds := report.get("folds"):
-        for way in report["retrieval"]:
-            recalls = "   ".join(f"R@{k} {folds[way][f'r{k}']:.3f}" for k in (1, 5, 10))
-            print(f"mean of {folds['count']} folds, {way:<15} {recalls}")
-        print(f"mean of {folds['count']} folds, rsum {folds['rsum']:.1f}")
-    for name, row in report.get("eccv", {}).items():
-        print(f"{name:<20}" + "   ".join(f"{way} {value:.3f}" for way, value in row.items()))
+        ways = (f"{way} R@1 {folds[way]['r1']:.3f}" for way in report["retrieval"])
+        lines.append(f"mean of {folds['count']} folds   {'   '.join(ways)}   rsum {folds['rsum']:.1f}")
     for fact, row in report.get("diagnostic", {}).items():
-        print(f"one changed fact, {fact:<9} {row['accuracy']:.3f}{between('diagnostic', fact)}")
+        lines.append(f"one changed fact, {fact:<9} {row['accuracy']:.3f}{between('diagnostic', fact)}")
+    return "\n".join(lines)
 
 
-def scenes(arguments: argparse.Namespace) -> int:
+# --- the commands ----------------------------------------------------------------------------------
+
+
+def scenes(arguments: argparse.Namespace) -> None:
     folder = mmkit.draw_scenes(arguments.folder, arguments.count, arguments.seed)
     drawn = len(mmkit.load_captions(folder))
     print(f"{drawn:,} scenes, {drawn - arguments.count:,} of new combinations, {5 * drawn:,} captions in {folder}")
-    return 0
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -119,71 +114,73 @@ def check(arguments: argparse.Namespace) -> int:
     return int(not report.safe)
 
 
-def download(arguments: argparse.Namespace) -> int:
+def download(arguments: argparse.Namespace) -> None:
     folder = mmkit.download_coco(arguments.folder, arguments.images, arguments.connections)
     dataset = mmkit.load_captions(folder)
-    parts = ", ".join(f"{name} {len(rows):,}" for name, rows in dataset.splits(0, 0).items())
+    parts = ", ".join(f"{name} {len(images):,}" for name, images in dataset.splits(0, 0).items())
     print(f"{len(dataset):,} images, {len(dataset.captions):,} captions in {folder} ({parts})")
-    return 0
 
 
-def extract(arguments: argparse.Namespace) -> int:
+def extract(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
-    _, _, store = _load(_settings(arguments), grids=arguments.grids, tokens=arguments.tokens)
+    _, _, features = _load(_settings(arguments), grids=arguments.grids, tokens=arguments.tokens)
     if PartialState().is_main_process:  # of the processes of torchrun or accelerate launch
-        for name in ("images", "captions", "grids", "tokens"):
-            if name in store.arrays:
-                array = store.arrays[name]
-                print(f"{name:<9} {array.shape!s:<20} {array.dtype}  {array.nbytes / 1e6:,.1f} MB")
-    return 0
+        print(features)
 
 
-def encoders(arguments: argparse.Namespace) -> int:
-    print(mmkit.encoder_table())
-    return 0
-
-
-def train(arguments: argparse.Namespace) -> int:
+def train(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
     from mmkit.checkpoints import check_free_for_checkpoint
 
-    profile = _settings(arguments)
-    check_free_for_checkpoint(arguments.out)
-    changes = {name: getattr(arguments, name) for name in ("epochs", "seed") if getattr(arguments, name) is not None}
-    changes |= {"part_epochs": arguments.epochs} if arguments.epochs is not None else {}
-    profile = replace(profile, **changes)
-    dataset, encoders, store = _load(profile, **_needs(mmkit.FUSERS[arguments.fuser]))
-    parts = {name: _split(profile, dataset, store, name) for name in ("train", "val")}
-    learnt = (_weights(encoders), _digest(dataset, parts), arguments.false, arguments.accumulate)
-    by, false = mmkit.training_recipe(arguments.fuser, profile, *learnt), None
+    if arguments.fuser not in mmkit.FUSERS:
+        raise mmkit.MmkitError(f"No fuser {arguments.fuser!r}. Valid names: {', '.join(mmkit.FUSERS)}")
+    profile, out = _settings(arguments), arguments.out
+    check_free_for_checkpoint(out)
+    changes = {"epochs": arguments.epochs, "part_epochs": arguments.epochs, "seed": arguments.seed}
+    profile = replace(profile, **{name: value for name, value in changes.items() if value is not None})
+    parts = mmkit.FUSERS[arguments.fuser].takes_parts
+    dataset, encoders, features = _load(profile, grids=parts, tokens=parts)
+    pairs, validation = (_split(profile, dataset, features, name) for name in ("train", "val"))
+    ids = [dataset.fingerprint(), pairs.image_ids.tolist(), validation.image_ids.tolist()]
+    learnt = (_weights(encoders), hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16])
+    by = mmkit.training_recipe(arguments.fuser, profile, *learnt, arguments.false, arguments.accumulate)
     main = PartialState().is_main_process  # of the processes of torchrun or accelerate launch
-    state = arguments.out.with_name(f"{arguments.out.name}.state")  # the same command goes on from here
-    if broadcast_object_list([main and mmkit.is_trained(arguments.out, by)])[0]:
+    state = out.with_name(f"{out.name}.state")  # the same command goes on from here
+    if broadcast_object_list([main and is_trained(out, by)])[0]:
         if main:
-            state.unlink(missing_ok=True)  # of a run that was killed when all was saved
-            print(f"{arguments.out} is this training, finished; to repeat it, delete it or name another --out")
-        return 0
-    if arguments.false:
-        false = mmkit.false_captions(dataset, parts["train"], encoders, arguments.false, (1, 2), profile.precision)
-    fuser = mmkit.build_fuser(arguments.fuser, profile, *parts["train"].dims)
-    history = mmkit.fit_profile(fuser, parts["train"], parts["val"], profile, state, false, arguments.accumulate)
+            shutil.rmtree(state, ignore_errors=True)  # of a run that was killed when all was saved
+            print(f"{out} is this training, finished; to repeat it, delete it or name another --out")
+        return
+    drawn_from = (dataset, pairs, encoders, profile.cache, arguments.false)
+    false = mmkit.false_captions(*drawn_from, precision=profile.precision) if arguments.false else None
+    fuser = mmkit.build_fuser(arguments.fuser, profile, *pairs.dims)
+    options = {"false": false, "state": state, "accumulate": arguments.accumulate}
+    history = mmkit.fit(fuser, pairs, validation, profile, **options)
     if not main:
-        return 0
-    thresholds = mmkit.choose_thresholds(fuser, parts["val"], profile.seed)
-    mmkit.save_checkpoint(arguments.out, fuser, by, thresholds, history, parts["train"])
-    state.unlink(missing_ok=True)
+        return
+    thresholds = mmkit.choose_thresholds(fuser, validation, profile.seed)
+    mmkit.save_checkpoint(out, fuser, by, thresholds, history, pairs)
+    shutil.rmtree(state, ignore_errors=True)
     best = history.rows[history.best_epoch]
     closed = "gradient_steps" in best
     steps = "solved in closed form" if closed else f"{len(history.rows)} epochs, kept epoch {history.best_epoch + 1}"
-    print(f"{arguments.fuser}: {len(parts['train'].image_rows):,} images, {steps}")
-    print(f"validation loss {best['validation_loss']:.3f}; saved as {arguments.out}")
-    return 0
+    print(f"{arguments.fuser}: {len(pairs):,} images, {steps}")
+    print(f"validation loss {best['validation_loss']:.3f}; saved as {out}")
 
 
-def evaluate(arguments: argparse.Namespace) -> int:
+def is_trained(folder: Path, by: dict) -> bool:
+    """Whether `folder` holds a whole checkpoint that was trained `by` this `training_recipe`."""
+    try:
+        training = mmkit.load_checkpoint(folder)[1]
+    except mmkit.MmkitError:
+        return False
+    return all(training.get(key) == value for key, value in json.loads(json.dumps(by)).items())
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     fuser, training = mmkit.load_checkpoint(arguments.checkpoint)
@@ -195,168 +192,116 @@ def evaluate(arguments: argparse.Namespace) -> int:
     root = {"coco_root": arguments.coco_root, "data": "folder"} if arguments.coco_root else {}
     root |= {"skip_missing": True} if arguments.skip_missing else {}
     profile = mmkit.profile(trained.pop("name"), **(trained | root))
-    dataset, encoders, store = _load(profile, **_needs(fuser))
+    dataset, encoders, features = _load(profile, grids=fuser.takes_parts, tokens=fuser.takes_parts)
     if _weights(encoders) != training["weights"]:
-        raise mmkit.MmkitError(
-            f"{arguments.checkpoint} was trained on features of other encoder weights. Remedy: train again."
-        )
-    if not PartialState().is_main_process:  # processes share the extraction; one judges
-        return 0
-    features = _split(profile, dataset, store, arguments.split)
-    report = mmkit.report_json(
-        features,
-        mmkit.matching_report(fuser, features, training["thresholds"], profile.seed),
-        mmkit.retrieval_report(fuser, features, arguments.shortlist),
-    )
-    if arguments.folds:
-        folded = mmkit.folded_retrieval(fuser, features, arguments.folds, arguments.shortlist)
-        report["folds"] = {"count": arguments.folds, "rsum": folded.mean.rsum}
-        report["folds"] |= {way: asdict(getattr(folded.mean, way)) for way in report["retrieval"]}
-    if arguments.eccv:
-        report["eccv"] = mmkit.eccv_scores(fuser, features)
+        raise mmkit.MmkitError(f"{arguments.checkpoint} is of other encoder weights. Remedy: train again.")
+    features, pairs = _split(profile, dataset, features, arguments.split), {}
     if dataset.scenes:
-        pairs = mmkit.diagnostic_pairs(dataset, features, encoders, precision=profile.precision)
-        facts = mmkit.diagnostic_report(fuser, features, pairs)
+        pairs = mmkit.diagnostic_pairs(dataset, features, encoders, profile.cache, precision=profile.precision)
+    if not PartialState().is_main_process:  # processes share the extraction; one judges
+        return
+    pool = mmkit.encode_pool(fuser, features)
+    matching = mmkit.matching_report(fuser, features, training["thresholds"], profile.seed, pool)
+    retrieval = mmkit.retrieval_report(fuser, features, arguments.shortlist, pool)
+    report = mmkit.report_json(features, matching, retrieval)
+    if arguments.folds:
+        report["folds"] = folds_report(fuser, features, arguments.folds, arguments.shortlist)
+    if dataset.scenes:
+        facts = mmkit.diagnostic_report(fuser, features, pairs, pool)
         report["diagnostic"] = {fact: {"accuracy": row.accuracy, "pairs": row.pairs} for fact, row in facts.items()}
         report["intervals"]["diagnostic"] = {fact: row.interval._asdict() for fact, row in facts.items()}
-    if arguments.json:
-        print(json.dumps(report))
-    else:
-        _print_report(report)
-    return 0
+    print(json.dumps(report) if arguments.json else _shown(report))
 
 
-def run(arguments: argparse.Namespace) -> int:
-    profile = _settings(arguments)
-    dataset = mmkit.load_dataset(profile)
-    print(f"profile {profile.name}: {len(dataset):,} images, {len(dataset.captions):,} captions", flush=True)
-    run_course(arguments.notebooks, arguments.out, profile, arguments.only, arguments.in_place)
-    return 0
+def folds_report(fuser: mmkit.PairFuser, features: mmkit.PairedFeatures, count: int, shortlist: int) -> dict:
+    """COCO's "1K": the mean over `count` disjoint pools of images in order."""
+    if not 2 <= count <= len(features) // 2:
+        raise mmkit.MmkitError(f"{count} folds of {len(features)} images; it takes two, of two images each.")
+    parts = np.array_split(np.arange(len(features)), count)
+    reports = [mmkit.retrieval_report(fuser, features.select(part), shortlist) for part in parts]
+    ways = {way: [asdict(getattr(report, way)) for report in reports] for way in ("image_to_text", "text_to_image")}
+    means = {way: {key: float(np.mean([row[key] for row in rows])) for key in rows[0]} for way, rows in ways.items()}
+    return {"count": count, "rsum": float(np.mean([report.rsum for report in reports]))} | means
 
 
-def plan(arguments: argparse.Namespace) -> int:
-    from mmkit.planning import plan as planned
-
-    return planned(arguments)
-
-
-def results(arguments: argparse.Namespace) -> int:
-    from mmkit.experiments import run_experiments
-
-    run_experiments(arguments.out, arguments.only, arguments.seeds)
-    return 0
+def script(arguments: argparse.Namespace) -> None:
+    """`run` and `results`: hand the options to the script that lies beside what it makes."""
+    path = CHECKOUT / arguments.path
+    if not path.is_file():
+        raise mmkit.MissingFile(f"{arguments.path} is part of a checkout. Remedy: clone the project, and run there.")
+    sys.argv = [str(path), *arguments.options]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mmkit", description="Image–text fusion, learnt by running it.")
+    parser = argparse.ArgumentParser(prog="mmkit", description="Image–text fusion, learnt by building it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    data = argparse.ArgumentParser(add_help=False)
+    data, changed, missing = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     data.add_argument("--profile", help="mini, photos or coco (default: MMKIT_PROFILE, else mini)")
     data.add_argument("--coco-root", metavar="DIR", help="a folder in COCO-captions layout (default: MMKIT_COCO_ROOT)")
-    changed = argparse.ArgumentParser(add_help=False)
-    changed.add_argument(
-        "--set", nargs="+", default=(), metavar="NAME=VALUE", help="settings of the profile, such as image_size=320"
-    )
-    missing = argparse.ArgumentParser(add_help=False)
+    changed.add_argument("--set", nargs="+", default=(), metavar="NAME=VALUE", help="settings, such as image_size=320")
     missing.add_argument("--skip-missing", action="store_true", help="leave out images whose file is not there")
 
-    def command(
-        name: str, help: str, example: str, parents: Sequence[argparse.ArgumentParser] = ()
-    ) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name, help=help, description=help, epilog=f"example: python -m mmkit {example}", parents=parents
-        )
+    def command(name: str, help: str, example: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        epilog = f"example: python -m mmkit {name} {example}"
+        added = commands.add_parser(name, help=help, description=help, epilog=epilog, parents=parents)
         added.set_defaults(command=globals()[name])
         return added
 
-    one = command("scenes", "draw the embedded dataset into a folder", "scenes /tmp/scenes --count 300")
+    def count(one: argparse.ArgumentParser, name: str, help: str, default: int | None = None) -> None:
+        one.add_argument(name, type=int, metavar="N", default=default, help=help)
+
+    one = command("scenes", "draw the embedded dataset into a folder", "/tmp/scenes --count 300")
     one.add_argument("folder", type=Path)
-    one.add_argument("--count", type=int, default=1500)
-    one.add_argument("--seed", type=int, default=0)
-    one = command("download", "bring COCO 2014 with Karpathy's split", "download coco ~/coco --images 2000")
+    count(one, "--count", "scenes, and a tenth as many of new combinations (default: 1500)", 1500)
+    count(one, "--seed", "other scenes (default: 0)", 0)
+    one = command("download", "bring COCO 2014 with Karpathy's split", "coco ~/coco --images 2000")
     one.add_argument("dataset", choices=["coco"])
     one.add_argument("folder", type=Path)
-    one.add_argument("--images", type=int, metavar="N", help="only so many, with a tenth for val and 15 %% for test")
-    one.add_argument("--connections", type=int, default=8, metavar="N", help="transfers at once (default: 8)")
-    one = command("check", "read a COCO-captions folder and name every fault", "check /tmp/scenes", [missing])
+    count(one, "--images", "only so many, with a tenth for val and 15 %% for test")
+    count(one, "--connections", "transfers at once (default: 8)", 8)
+    one = command("check", "read a COCO-captions folder and name every fault", "/tmp/scenes", missing)
     one.add_argument("folder", type=Path)
-    one.add_argument("--show", type=int, default=20, metavar="N", help="faults of each kind to print (default: 20)")
-    command("encoders", "list the encoders: sizes, operations, licences, sources", "encoders")
-    one = command(
-        "extract", "extract and cache the features of a dataset", "extract --coco-root ~/coco", [data, missing, changed]
-    )
+    count(one, "--show", "faults of each kind to print (default: 20)", 20)
+    one = command("extract", "extract the features of a dataset", "--coco-root ~/coco", data, missing, changed)
     one.add_argument("--grids", action="store_true", help="also the cells of each feature map (49 times the disk)")
     one.add_argument("--tokens", action="store_true", help="also the tokens of each caption (14 times the disk)")
-    one = command(
-        "train", "train a fuser and write a checkpoint", "train --fuser mlp --out runs/mlp", [data, missing, changed]
-    )
-    one.add_argument(
-        "--fuser",
-        default="mlp",
-        help="mlp, gnn, hetero-gnn, gated, two-tower, cca, cross-attention or region-word (default: mlp)",
-    )
+    one = command("train", "train a fuser, write a checkpoint", "--fuser mlp --out runs/mlp", data, missing, changed)
+    names = "mlp, gnn, hetero-gnn, gated, two-tower, cca, cross-attention or region-word (default: mlp)"
+    one.add_argument("--fuser", default="mlp", help=names)
     one.add_argument("--out", type=Path, required=True, metavar="DIR")
-    one.add_argument("--epochs", type=int)
-    one.add_argument("--seed", type=int)
-    one.add_argument(
-        "--accumulate", type=int, default=1, metavar="N", help="gradients of so many batches make one step (default: 1)"
-    )
-    one.add_argument(
-        "--false",
-        nargs="+",
-        default=(),
-        choices=FACTS,
-        metavar="FACT",
-        help=f"drawn scenes: learn from captions false in these facts, of {', '.join(FACTS)}",
-    )
-    one = command(
-        "evaluate", "matching and retrieval of a checkpoint", "evaluate runs/mlp --split all --json", [data, missing]
-    )
+    count(one, "--epochs", "passes over the training split (default: the profile's)")
+    count(one, "--seed", "of the weights and of all that is drawn (default: the profile's)")
+    count(one, "--accumulate", "gradients of so many batches make one step (default: 1)", 1)
+    facts = f"drawn scenes: learn from captions false in these facts, of {', '.join(FACTS)}"
+    one.add_argument("--false", nargs="+", default=(), choices=FACTS, metavar="FACT", help=facts)
+    one = command("evaluate", "judge a checkpoint", "runs/mlp --split all --json", data, missing)
     one.add_argument("checkpoint", type=Path)
     one.add_argument("--split", choices=[*SPLITS, "all"], default="test")
-    one.add_argument(
-        "--shortlist", type=int, default=0, metavar="N", help="rank only so many candidates (default: all)"
-    )
-    one.add_argument(
-        "--folds", type=int, default=0, metavar="N", help="also the mean over N disjoint pools (COCO's 1K: 5)"
-    )
-    one.add_argument("--eccv", action="store_true", help="also ECCV Caption and CxC, of Karpathy's 5,000 test images")
+    count(one, "--shortlist", "rank only so many candidates (default: all)", 0)
+    count(one, "--folds", "also the mean over N disjoint pools (COCO's 1K: 5)", 0)
     one.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    one = command("run", "execute the notebooks in order", "run --only 03 04", [data, missing])
-    one.add_argument("--only", nargs="+", default=(), metavar="NAME", help="notebooks whose name begins so")
-    one.add_argument("--notebooks", type=Path, default=Path("notebooks"), metavar="DIR")
-    one.add_argument("--out", type=Path, default=Path("build"), metavar="DIR")
-    one.add_argument("--in-place", action="store_true", help="write the executed notebooks over the sources")
-    one = command("plan", "what a full run takes: time, memory and disk", "plan --images 20000 --captions 100000")
-    one.add_argument("--measure", action="store_true", help="measure this machine anew first (some minutes)")
-    one.add_argument("--out", type=Path, default=Path("notebooks/planning.json"), metavar="FILE", help="with --measure")
-    for name in ("images", "captions", "held-out", "epochs", "part-epochs", "gpus"):
-        one.add_argument(f"--{name}", type=int, metavar="N")
-    one = command("results", "take the runs behind the course's tables, and write them", "results --only losses")
-    one.add_argument("--only", nargs="+", default=(), metavar="NAME", help="experiments whose name begins so")
-    one.add_argument("--seeds", type=int, metavar="N", help="seeds of each variant (default: 5)")
-    one.add_argument("--out", type=Path, default=Path("notebooks/results"), metavar="DIR")
+    for name, help in (("run", "execute the notebooks in order"), ("results", "take the runs behind the tables again")):
+        one = commands.add_parser(name, help=help, add_help=False)
+        folder = "notebooks/results" if name == "results" else "notebooks"
+        one.set_defaults(command=script, path=f"{folder}/run.py")
     return parser
 
 
-def _print_error(error: mmkit.MmkitError) -> None:
-    """Print it once for a job: a process beside the main one waits to be ended, and if not, it alone has failed."""
-    rank, process = os.environ.get("RANK", "0"), ""
-    if rank != "0":
-        time.sleep(_PATIENCE)
-        process = f"process {rank} of {os.environ.get('WORLD_SIZE', '?')}: "
-    print(f"mmkit: {process}{error}", file=sys.stderr)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; exit status 0, 1 where `check` or a notebook found faults, 2 for bad input."""
+    """Run a command; exit status 0, 1 where `check` found faults, 2 for bad input."""
     try:
-        parsed = _parser().parse_args(arguments)
-        if "fuser" in parsed and parsed.fuser not in mmkit.FUSERS:
-            raise mmkit.MmkitError(f"No fuser {parsed.fuser!r}. Valid names: {', '.join(mmkit.FUSERS)}")
-        return parsed.command(parsed)
+        parser = _parser()
+        parsed, parsed.options = parser.parse_known_args(arguments)
+        if parsed.options and parsed.command is not script:
+            parser.error(f"unrecognized arguments: {' '.join(parsed.options)}")
+        return parsed.command(parsed) or 0
     except mmkit.MmkitError as error:
-        _print_error(error)
+        process, (rank, count) = "", (os.environ.get(name) for name in ("RANK", "WORLD_SIZE"))
+        if rank not in (None, "0"):  # printed once for a job: it waits to be ended, and if not, it alone has failed
+            time.sleep(_PATIENCE)
+            process = f"process {rank} of {count}: "
+        print(f"mmkit: {process}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nmmkit: interrupted. The same command goes on where it can.", file=sys.stderr)

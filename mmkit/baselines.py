@@ -1,55 +1,45 @@
-"""The simple ways that a fuser has to beat: two linear towers, and canonical correlations in closed form."""
+"""What a fuser has to beat: two towers, canonical correlations in closed form, cosines corrected by their pool."""
 
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from .errors import MmkitError
 from .features import PairedFeatures
-from .fusers import TEMPERATURE, PairFuser, Standardize, unit_scale
+from .fusers import TEMPERATURE, MultimodalFeatureFuser, PairFuser, Standardize, unit_scale
+from .support import MmkitError
 
+METHODS = ("csls", "inverted-softmax")
 _CHUNK = 8192  # captions whose features are held at a time
-_THRESHOLD = 0.3  # near where trained cosines part; from 0, a hundred small steps would not get there
-_CALIBRATION = 5000  # captions that the two numbers scale and threshold are fitted on
+_CALIBRATION = 5000  # captions that scale and threshold are fitted on
+_BLOCK_ROWS = 2048  # nodes whose products with all others are held at a time
+_NOT_FINITE = "The features hold NaN or infinity. Remedy: extract them again."
 
 
 class CosineFuser(PairFuser):
-    """A fuser whose fused vector is the product of the nodes `(B, width)` and whose logit knows their cosine alone.
-
-    The logit is `scale · (cosine - threshold)`, that is scale · cosine + bias with bias = -scale · threshold, both
-    learned, so that the matching loss calibrates it; the scale is positive, so the ranking is that by cosine. It starts
-    as cosine over temperature, less a constant. The score of a pair does not depend on the pool, and all pairs take one
-    matrix product.
-    """
+    """A fuser whose logit knows the nodes' cosine alone: `scale · (cosine - threshold)`, both learned.
+    The scale is positive, so the ranking is that by cosine; all pairs take one matrix product."""
 
     def build_head(self, dropout: float) -> None:
-        """Scale and threshold; there is no path that `dropout` could thin."""
         self.fused_dim = self.width
         self.log_scale = nn.Parameter(-torch.tensor(TEMPERATURE).log())
-        self.threshold = nn.Parameter(torch.tensor(_THRESHOLD))
+        self.threshold = nn.Parameter(torch.tensor(0.3))  # near where trained cosines part; steps are small
 
     def fuse(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
-        """Aligned nodes `(B, width)` twice → their product `(B, width)`."""
         return image_nodes * text_nodes
 
     def match(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
-        """Aligned nodes → match logits `(B,)`."""
-        return self._logit(self.fuse(image_nodes, text_nodes).sum(dim=-1))
+        cosines = self.fuse(image_nodes, text_nodes).sum(dim=-1) / self.width  # nodes have length √width
+        return self.log_scale.exp() * (cosines - self.threshold)
 
     def score_nodes(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
-        """Nodes `(N, width)`, `(M, width)` → match logits of all pairs `(N, M)`."""
-        return self._logit(image_nodes @ text_nodes.T)
-
-    def _logit(self, products: Tensor) -> Tensor:
-        return self.log_scale.exp() * (products / self.width - self.threshold)  # nodes have length √width
+        return self.log_scale.exp() * (image_nodes @ text_nodes.T / self.width - self.threshold)
 
 
 class TwoTower(CosineFuser):
     """One linear map per modality, and the cosine of what comes out.
+    CLIP (Radford et al. 2021, figure 3) on frozen features; its negatives are the batch, which should be large."""
 
-    Trained by the same loss as every fuser (CLIP, Radford et al. 2021, figure 3, on frozen features). Its training
-    needs a large batch, whose other captions are the negatives.
-    """
+    nodes, normalize = MultimodalFeatureFuser.nodes, True
 
     def __init__(
         self, image_dim: int = 2048, text_dim: int = 768, width: int = 1024, feature_dropout: float = 0.0
@@ -57,39 +47,18 @@ class TwoTower(CosineFuser):
         super().__init__(image_dim, text_dim, width, 0.0, feature_dropout)
         self.project_images, self.project_texts = nn.Linear(image_dim, width), nn.Linear(text_dim, width)
 
-    def nodes(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """The projections of both modalities at length √width; one modality's do not depend on the other's."""
-        images, texts = self.prepare(images, texts)
-        return unit_scale(self.project_images(images)), unit_scale(self.project_texts(texts))
-
 
 class RegularizedCCA(CosineFuser):
     """Canonical correlations (Hotelling 1936) with a ridge (Vinod 1976): no gradient step, `solve` finds the optimum.
+    The singular vectors of the cross-covariance of whitened features are pairs of axes, and the singular values,
+    `correlations` `(width,)` from high to low, are how far a pair agrees. Axes count by their correlation in the cosine
+    (after Gong et al. 2014, section 3). The fewer training pairs, the larger `regularization` should be."""
 
-    Each side's standardised features are whitened by `(C + regularization · mean eigenvalue · I)^(-1/2)`; the singular
-    vectors of the whitened cross-covariance are pairs of axes, one of images and one of texts, and the singular values
-    are how far a pair of axes agrees. The first `width` axes are kept, each weighted by its correlation to the `power`
-    (Gong et al. 2014, section 3, weight by powers of the eigenvalues): axes that hardly agree should hardly count in
-    the cosine. A `width` above the smaller dimension leaves the other axes zero.
-
-    The correlations `(width,)`, from high to low, are kept in `correlations`. A larger `regularization` trusts the
-    training pairs less: the fewer pairs for their dimensions, the larger it should be. On the validation split of the
-    drawn scenes the sum of recalls is 582, 588, 590, 588, 572 at 0.1, 0.3, 1, 3, 10 with power 1; at regularization 1
-    it is 581, 590, 590, 589 at the powers 0, 1, 2, 4, and the weights make the choice of `width` matter little.
-    """
-
-    def __init__(
-        self,
-        image_dim: int = 2048,
-        text_dim: int = 768,
-        width: int = 256,
-        regularization: float = 1.0,
-        power: float = 1.0,
-    ) -> None:
-        if regularization < 0 or power < 0:
-            raise MmkitError(f"regularization {regularization} and power {power} must not be negative.")
+    def __init__(self, image_dim: int = 2048, text_dim: int = 768, width: int = 256, regularization: float = 1) -> None:
+        if regularization < 0:
+            raise MmkitError(f"regularization is {regularization}; it must not be negative.")
         super().__init__(image_dim, text_dim, width, 0.0, 0.0)
-        self.regularization, self.power = regularization, power
+        self.regularization = regularization
         self.register_buffer("image_axes", torch.zeros(image_dim, width))
         self.register_buffer("text_axes", torch.zeros(text_dim, width))
         self.register_buffer("correlations", torch.zeros(width))
@@ -98,60 +67,55 @@ class RegularizedCCA(CosineFuser):
         """The canonical coordinates of both modalities at length √width. An error before `solve`."""
         images, texts = self.prepare(images, texts)
         if not self.correlations.any():
-            raise MmkitError("This CCA has no axes yet. Remedy: fuser.solve(train), or fit_profile(fuser, …)")
+            raise MmkitError("This CCA has no axes yet. Remedy: fuser.solve(train), or fit(fuser, …)")
         return unit_scale(images @ self.image_axes), unit_scale(texts @ self.text_axes)
 
     @torch.no_grad()
     def solve(self, train: PairedFeatures, held_out: PairedFeatures | None = None, seed: int = 0) -> None:
-        """Find the axes from all pairs of `train`, then scale and threshold of the logit.
-
-        One pass in float64 over chunks of captions; memory is that of a chunk and of the covariances. Scale and
-        threshold are a logistic regression on the cosines of pairs and as many random unmatched ones, drawn by `seed`,
-        of `held_out`: the training pairs agree better than any others will, and stand in only where it is left out.
-        """
+        """Find the axes from all pairs of `train`, then scale and threshold by a logistic regression on those of
+        `held_out` and as many random unmatched ones, drawn by `seed`. `train`, which agrees too well, stands in."""
         train, calibration = self.view(train), self.view(train if held_out is None else held_out)
-        if any(len(part.owner.unique()) < 2 for part in (train, calibration)):
+        if any(len(part.image_index.unique()) < 2 for part in (train, calibration)):
             raise MmkitError("Canonical correlations need captions of at least two images, to train and to calibrate.")
         self.check_sizes(train.images([0]), train.captions([0]))
-        means, covariances = _moments(train)
-        if not all(torch.isfinite(covariance).all() for covariance in covariances):
-            raise MmkitError("The features hold NaN or infinity. Remedy: extract them again.")
-        for standardize, mean, covariance in zip(self._standardizers, means, covariances, strict=False):
-            standardize.assign(mean, covariance.diagonal().clamp(min=0).sqrt())
-        image_scale, text_scale = (1 / standardize.deviation.double().cpu() for standardize in self._standardizers)
-        images, texts, crossed = covariances
-        whiten_images = _whitening(image_scale[:, None] * images * image_scale, self.regularization)
-        whiten_texts = _whitening(text_scale[:, None] * texts * text_scale, self.regularization)
+        means, (images, texts, crossed) = _moments(train)
+        if not all(torch.isfinite(covariance).all() for covariance in (images, texts, crossed)):
+            raise MmkitError(_NOT_FINITE)
+        image_scale, whiten_images = self._whitening(self.standardize_images, means[0], images)
+        text_scale, whiten_texts = self._whitening(self.standardize_texts, means[1], texts)
         crossed = whiten_images @ (image_scale[:, None] * crossed * text_scale) @ whiten_texts
         left, correlations, right = torch.linalg.svd(crossed, full_matrices=False)
-        kept = min(self.width, len(correlations))
-        correlations = correlations[:kept]
+        correlations = correlations[: self.width]
         if not correlations.any():
             raise MmkitError("The training features of a modality are all alike, so there is nothing to correlate.")
-        for buffer, found in (
-            (self.image_axes, whiten_images @ left[:, :kept] * correlations**self.power),
-            (self.text_axes, whiten_texts @ right[:kept].T * correlations**self.power),
-            (self.correlations, correlations),
-        ):
-            buffer.zero_()[..., :kept] = found.to(buffer)
+        kept = len(correlations)
+        axes = whiten_images @ left[:, :kept] * correlations, whiten_texts @ right[:kept].T * correlations
+        for name, values in zip(("image_axes", "text_axes", "correlations"), (*axes, correlations), strict=True):
+            self.get_buffer(name).zero_()[..., :kept] = values.to(self.image_axes)
         self._calibrate(calibration, seed)
 
-    @property
-    def _standardizers(self) -> tuple[Standardize, Standardize]:
-        return self.standardize_images, self.standardize_texts
+    def _whitening(self, standardize: Standardize, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale `(D,)` that standardises a side, and `(C + regularization · mean eigenvalue · I)^(-1/2)` `(D, D)`
+        of the standardised; directions without any variance are left out."""
+        standardize.assign(mean, covariance.diagonal().clamp(min=0).sqrt())
+        scale = 1 / standardize.deviation.double().cpu()
+        values, vectors = torch.linalg.eigh(scale[:, None] * covariance * scale)
+        values = values.clamp(min=0) + self.regularization * values.mean()
+        smallest = 1e-10 * values.max()  # less is the rounding of float32 features
+        inverse_roots = torch.where(values > smallest, values.clamp(min=smallest).rsqrt(), 0)
+        return scale, vectors * inverse_roots @ vectors.T
 
     def _calibrate(self, features: PairedFeatures, seed: int) -> None:
-        """Fit scale and threshold on pairs and as many random unmatched ones of `features`."""
-        generator, images = torch.Generator().manual_seed(seed), len(features.image_rows)
-        captions = torch.randperm(len(features.owner), generator=generator)[:_CALIBRATION]
-        owner = features.owner[captions]
-        others = (owner + torch.randint(1, images, owner.shape, generator=generator)) % images
-        both, device = torch.cat([owner, others]), self.image_axes.device
+        generator, device = torch.Generator().manual_seed(seed), self.image_axes.device
+        captions = torch.randperm(len(features.image_index), generator=generator)[:_CALIBRATION]
+        images = features.image_index[captions]
+        others = (images + torch.randint(1, len(features), images.shape, generator=generator)) % len(features)
+        both = torch.cat([images, others])
         image_nodes, text_nodes = self.nodes(features.images(both).to(device), features.captions(captions).to(device))
         cosines = (image_nodes * text_nodes.repeat(2, 1)).mean(dim=-1)  # nodes have length √width
         if not torch.isfinite(cosines).all():
-            raise MmkitError("The features hold NaN or infinity. Remedy: extract them again.")
-        labels = torch.arange(len(both)) < len(owner)
+            raise MmkitError(_NOT_FINITE)
+        labels = torch.arange(len(both)) < len(images)
         regression = LogisticRegression(C=100).fit(cosines[:, None].cpu().double().numpy(), labels.numpy())
         scale = max(1e-3, float(regression.coef_[0, 0]))  # positive, even if it is noise that is calibrated
         self.threshold.fill_(-float(regression.intercept_[0]) / scale)
@@ -159,44 +123,76 @@ class RegularizedCCA(CosineFuser):
         self.log_temperature.copy_(-self.log_scale)  # what a contrastive loss is reported at
 
 
-def _moments(features: PairedFeatures) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Means and covariances over all pairs, each image as often as it has captions, in float64.
-
-    Returns the means of images and texts, and the covariances within images, within texts, and between the two.
-    """
-    order = features.owner.argsort(stable=True)  # the captions of an image come together, so it is read once
-    shift_images = features.images(features.owner[order[:1]]).double()  # keeps large means out of the sums of squares
-    shift_texts = features.captions(order[:1]).double()
-    image_dim, text_dim = features.dims
-    image_sum, text_sum = torch.zeros(image_dim).double(), torch.zeros(text_dim).double()
-    within_images, within_texts, between = (
-        torch.zeros(shape).double() for shape in ((image_dim, image_dim), (text_dim, text_dim), (image_dim, text_dim))
-    )
+def _moments(features: PairedFeatures) -> tuple[list[Tensor], list[Tensor]]:
+    """Over all pairs, in float64: means of images and of texts, covariances within images, within texts and between."""
+    order, dims = features.image_index.argsort(stable=True), features.dims  # by image, so that each is read once
+    # one pair is subtracted first, which keeps large means out of the squares
+    shifts = features.images(features.image_index[order[:1]]).double(), features.captions(order[:1]).double()
+    sums = [torch.zeros(dim, dtype=torch.double) for dim in dims]
+    products = {(i, j): torch.zeros(dims[i], dims[j], dtype=torch.double) for i, j in ((0, 0), (1, 1), (0, 1))}
     for captions in order.split(_CHUNK):
-        rows, owner, counts = features.owner[captions].unique(return_inverse=True, return_counts=True)
-        images = features.images(rows).double() - shift_images
-        texts = features.captions(captions).double() - shift_texts
-        texts_of_image = texts.new_zeros(len(rows), text_dim).index_add_(0, owner, texts)
+        rows, image_index, counts = features.image_index[captions].unique(return_inverse=True, return_counts=True)
+        images, texts = features.images(rows).double() - shifts[0], features.captions(captions).double() - shifts[1]
+        texts_of_image = texts.new_zeros(len(rows), dims[1]).index_add_(0, image_index, texts)
         weighted = images * counts[:, None]
-        image_sum += weighted.sum(dim=0)
-        text_sum += texts.sum(dim=0)
-        within_images.addmm_(images.T, weighted)
-        within_texts.addmm_(texts.T, texts)
-        between.addmm_(images.T, texts_of_image)
-    n = len(order)
-    image_mean, text_mean = image_sum / n, text_sum / n
-    covariances = (
-        within_images / n - image_mean[:, None] * image_mean,
-        within_texts / n - text_mean[:, None] * text_mean,
-        between / n - image_mean[:, None] * text_mean,
-    )
-    return (image_mean + shift_images[0], text_mean + shift_texts[0]), covariances
+        sums[0] += weighted.sum(dim=0)
+        sums[1] += texts.sum(dim=0)
+        factors = (images, weighted), (texts, texts), (images, texts_of_image)
+        for product, (left, right) in zip(products.values(), factors, strict=True):
+            product.addmm_(left.T, right)
+    means = [total / len(order) for total in sums]
+    covariances = [product / len(order) - torch.outer(means[i], means[j]) for (i, j), product in products.items()]
+    return [mean + shift[0] for mean, shift in zip(means, shifts, strict=True)], covariances
 
 
-def _whitening(covariance: Tensor, regularization: float) -> Tensor:
-    """`(C + regularization · mean eigenvalue · I)^(-1/2)` `(D, D)`; directions without any variance are left out."""
-    values, vectors = torch.linalg.eigh(covariance)
-    values = values.clamp(min=0) + regularization * values.mean()
-    smallest = 1e-10 * values.max()  # less is the rounding of float32 features
-    inverse_roots = torch.where(values > smallest, values.clamp(min=smallest).rsqrt(), 0)
-    return vectors * inverse_roots @ vectors.T
+class HubnessCorrected(PairFuser):
+    """A trained fuser of cosines whose scores are corrected for hubs: items that are near to everything in the pool.
+    "csls" is `2·cos(i, t) - r(i) - r(t)`, r the mean cosine of a node to its 10 nearest of the other modality (Conneau
+    et al. 2018, section 2.3); "inverted-softmax" is `cos(i, t) - m(i) - m(t)` with `m(x) = T · log mean exp(cos / T)`
+    over the other modality, T the fuser's temperature, and ranks as Smith et al. (2017, eq. 10) do. Nothing is trained:
+    the logit is the fuser's scale times this; its threshold depends on the size of the pool."""
+
+    transductive = True
+
+    def __init__(self, fuser: CosineFuser, method: str = "csls") -> None:
+        if not isinstance(fuser, CosineFuser):
+            raise MmkitError(f"{type(fuser).__name__} does not score by cosine. Remedy: correct a trained TwoTower(…)")
+        if method not in METHODS:
+            raise MmkitError(f"No method {method!r}. Valid names: {', '.join(METHODS)}")
+        super().__init__(fuser.image_dim, fuser.text_dim, fuser.width + 1, 0.0, 0.0)
+        self.fuser, self.method, self.log_temperature = fuser, method, fuser.log_temperature
+        self.standardize_images, self.standardize_texts = fuser.standardize_images, fuser.standardize_texts
+        self._gain = (2 if method == "csls" else 1) / fuser.width  # nodes have length √width
+
+    def build_head(self, dropout: float) -> None:
+        self.fused_dim = self.width
+
+    def nodes(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """The fuser's nodes, and in a last column r or m: `(N, width)`, `(M, width)`."""
+        image_nodes, text_nodes = self.fuser.nodes(images, texts)
+        return self._with_offsets(image_nodes, text_nodes), self._with_offsets(text_nodes, image_nodes)
+
+    def fuse(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
+        """Aligned nodes `(B, width)` twice → what the corrected cosine is the sum of, `(B, width)`."""
+        products = image_nodes[:, :-1] * text_nodes[:, :-1] * self._gain
+        return torch.cat([products, -(image_nodes[:, -1:] + text_nodes[:, -1:])], dim=1)
+
+    def match(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
+        return self.fuser.log_scale.exp() * self.fuse(image_nodes, text_nodes).sum(dim=1)
+
+    def similarities(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
+        """Nodes `(N, width)`, `(M, width)` → corrected cosines of all pairs `(N, M)`."""
+        return image_nodes[:, :-1] @ text_nodes[:, :-1].T * self._gain - image_nodes[:, -1:] - text_nodes[:, -1]
+
+    def score_nodes(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
+        return self.fuser.log_scale.exp() * self.similarities(image_nodes, text_nodes)
+
+    def _with_offsets(self, nodes: Tensor, others: Tensor) -> Tensor:
+        products, temperature = (block @ others.T for block in nodes.split(_BLOCK_ROWS)), self.log_temperature.exp()
+        if self.method == "csls":
+            nearest = [block.topk(min(10, len(others)), dim=1).values for block in products]
+            offsets = torch.cat(nearest).mean(dim=1) / self.fuser.width
+        else:
+            sums = [(block / (self.fuser.width * temperature)).logsumexp(dim=1) for block in products]
+            offsets = (torch.cat(sums) - torch.tensor(float(len(others))).log()) * temperature
+        return torch.cat([nodes, offsets[:, None]], dim=1)

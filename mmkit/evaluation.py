@@ -1,7 +1,8 @@
-"""Matching and retrieval under named protocols, and two checks that expose a leak."""
+"""Matching and retrieval under named protocols, how sure a figure is, and two checks that expose a leak."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,41 +10,33 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from torch import Tensor
 
-from .errors import MmkitError
-from .features import PairedFeatures, cat_parts
+from .features import PairedFeatures, pad_cat
 from .fusers import PairFuser
-from .metrics import (
-    CUTS,
-    DIRECTIONS,
-    Interval,
-    best_threshold,
-    bootstrap,
-    constant_scores,
-    count_ranks,
-    ranks,
-    retrieval_intervals,
-    rows_at_a_time,
-)
-from .shortlist import pair_logits, shortlist_ranks
+from .support import MmkitError
 
 NEGATIVES = ("random", "hard")
-_CHUNK = 4096  # items that are vectors
-_STACKS = 256  # items that are stacks of parts
+DIRECTIONS, CUTS = ("image_to_text", "text_to_image"), (1, 5, 10)  # of the recalls
+RESAMPLES, _ENDS = 1000, (0.025, 0.975)  # of the bootstrap, and of its intervals
+_VECTORS, _STACKS, _PAIRS = 4096, 256, 1024  # items, stacks of parts, and pairs of nodes that are mapped at a time
+_BLOCK = 2**22  # logits held at a time while ranks are counted: 16 MB, and as much again for each comparison
+
+
+class Interval(NamedTuple):
+    """Where a figure lies with 95 % confidence, in the figure's unit."""
+
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
 class Matching:
-    """Matched against unmatched pairs, 1:1. Fractions; `negatives` names the protocol, `pool` the images and captions
-    that a transductive fuser saw. `intervals` holds the 95 % interval of the "accuracy", bootstrapped over images."""
+    """Matched against unmatched pairs, 1:1. Fractions; `intervals` holds the 95 % interval of the "accuracy"."""
 
-    negatives: str
     accuracy: float
     f1: float
     roc_auc: float
     average_precision: float
-    threshold: float
     pairs: int
-    pool: tuple[int, int]
     intervals: dict[str, Interval] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -59,11 +52,8 @@ class Recall:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Both directions over a pool of `pool` images and captions. `rsum` is the sum of the six recalls in percent.
-
-    `intervals` holds the 95 % intervals of "image_to_text.r1" … "text_to_image.r10" and "rsum", bootstrapped over
-    images; it is empty for a single image.
-    """
+    """Both directions over a pool of `pool` images and captions. `intervals` holds the 95 % intervals of
+    "image_to_text.r1" … "text_to_image.r10" and "rsum", bootstrapped over images; it is empty for a single image."""
 
     image_to_text: Recall
     text_to_image: Recall
@@ -72,229 +62,219 @@ class Retrieval:
 
     @property
     def rsum(self) -> float:
-        directions = (self.image_to_text, self.text_to_image)
-        return 100 * sum(recall.r1 + recall.r5 + recall.r10 for recall in directions)
+        """The sum of the six recalls, in percent."""
+        return 100 * sum(recall.r1 + recall.r5 + recall.r10 for recall in (self.image_to_text, self.text_to_image))
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """The nodes of N images and M captions, from which every figure of a report comes."""
+
+    fuser: PairFuser
+    image_nodes: Tensor
+    text_nodes: Tensor
+    image_index: Tensor
+
+    @torch.inference_mode()
+    def logits(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Match logits `(P,)` of the pairs of these rows `(P,)`."""
+        blocks = zip(*(part.to(self.image_index.device).split(_PAIRS) for part in (images, texts)), strict=True)
+        return torch.cat([self.fuser.match(self.image_nodes[rows], self.text_nodes[cols]) for rows, cols in blocks])
+
+
+@torch.inference_mode()
+def encode_pool(fuser: PairFuser, features: PairedFeatures, *false: PairedFeatures) -> Pool:
+    """The nodes of all images and captions, and of `false` captions at the end. A transductive fuser sees the whole
+    pool; of any other the features of a block of items are held at a time."""
+    fuser.eval()
+    device = next(fuser.parameters()).device
+    views, image_index = [fuser.view(part) for part in (features, *false)], features.image_index.to(device)
+    if fuser.transductive:
+        texts = pad_cat([view.captions() for view in views])
+        return Pool(fuser, *fuser.nodes(views[0].images().to(device), texts.to(device)), image_index)
+    block = _STACKS if fuser.takes_parts else _VECTORS
+    one_image, one_text = views[0].images([0]).to(device), views[0].captions([0]).to(device)
+    images = torch.arange(len(features)).split(block)
+    image_nodes = [fuser.nodes(views[0].images(rows).to(device), one_text)[0] for rows in images]
+    texts = [(view, rows) for view in views for rows in torch.arange(len(view.image_index)).split(block)]
+    text_nodes = [fuser.nodes(one_image, view.captions(rows).to(device))[1] for view, rows in texts]
+    return Pool(fuser, pad_cat(image_nodes), pad_cat(text_nodes), image_index)
 
 
 def negative_pairs(features: PairedFeatures, kind: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     """One unmatched pair per caption: rows of images and rows of captions, `(M,)` each.
 
-    "random": the caption with another image, drawn evenly by `seed`. "hard": the caption's image with the nearest
-    caption (cosine of text features) of another image.
-    """
+    "random": with another image, drawn by `seed`. "hard": the image with the nearest caption (cosine) of another."""
     if kind not in NEGATIVES:
         raise MmkitError(f"No negatives {kind!r}. Valid names: {', '.join(NEGATIVES)}")
-    owner, n = features.owner, len(features.image_rows)
-    if len(owner.unique()) < 2:
+    image_index = features.image_index
+    if len(image_index.unique()) < 2:
         raise MmkitError("Unmatched pairs need captions of at least two images.")
-    captions = torch.arange(len(owner))
+    captions = torch.arange(len(image_index))
     if kind == "random":
-        shift = torch.randint(1, n, (len(owner),), generator=torch.Generator().manual_seed(seed))
-        return (owner + shift) % n, captions
+        generator = torch.Generator().manual_seed(seed)
+        shift = torch.randint(1, len(features), captions.shape, generator=generator)
+        return (image_index + shift) % len(features), captions
     texts = F.normalize(features.vectors().captions(), dim=-1)
-    nearest = []
-    for rows in captions.split(_CHUNK):
-        similarity = (texts[rows] @ texts.T).masked_fill(owner[rows, None] == owner, -torch.inf)
-        nearest.append(similarity.argmax(dim=1))
-    return owner, torch.cat(nearest)
-
-
-def pool_nodes(fuser: PairFuser, features: PairedFeatures, *false: PairedFeatures) -> tuple[Tensor, Tensor]:
-    """The nodes of a pool: its images and its captions, to which the captions of `false` are added at the end.
-
-    A transductive fuser sees the whole pool; any other takes it block by block, so that the features of all items are
-    never held at once. Call it under inference mode.
-    """
-    fuser.eval()
-    device = next(fuser.parameters()).device
-    views = [fuser.view(part) for part in (features, *false)]
-    if fuser.transductive:
-        return fuser.nodes(views[0].images().to(device), cat_parts([view.captions() for view in views]).to(device))
-    block = _STACKS if fuser.takes_parts else _CHUNK
-    one_image, one_text = (part.to(device) for part in (views[0].images([0]), views[0].captions([0])))
-    images = torch.arange(len(features.image_rows)).split(block)
-    image_nodes = [fuser.nodes(views[0].images(rows).to(device), one_text)[0] for rows in images]
-    text_nodes = [
-        fuser.nodes(one_image, view.captions(rows).to(device))[1]
-        for view in views
-        for rows in torch.arange(len(view.owner)).split(block)
-        if len(rows)
+    nearest = [
+        (texts[rows] @ texts.T).masked_fill(image_index[rows, None] == image_index, -torch.inf).argmax(dim=1)
+        for rows in captions.split(_VECTORS)
     ]
-    return cat_parts(image_nodes), cat_parts(text_nodes)
+    return image_index, torch.cat(nearest)
 
 
-@torch.inference_mode()
-def matching_logits(fuser: PairFuser, features: PairedFeatures, kind: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+def matching_logits(
+    fuser: PairFuser, features: PairedFeatures, kind: str, seed: int = 0, pool: Pool | None = None
+) -> tuple[Tensor, Tensor]:
     """Match logits `(2M,)` of all true pairs and as many unmatched ones, and their labels in {0, 1}."""
-    image_nodes, text_nodes = pool_nodes(fuser, features)
-    device = text_nodes.device
-    negative_images, negative_texts = negative_pairs(features, kind, seed)
-    images = torch.cat([features.owner, negative_images]).to(device)
-    texts = torch.cat([torch.arange(len(features.owner)), negative_texts]).to(device)
-    logits = pair_logits(fuser, image_nodes, text_nodes, images, texts)
-    labels = torch.arange(len(images)) < len(features.owner)
-    return logits.cpu(), labels.long()
+    pool = pool or encode_pool(fuser, features)
+    images, texts = negative_pairs(features, kind, seed)
+    images = torch.cat([features.image_index, images])
+    texts = torch.cat([torch.arange(len(features.image_index)), texts])
+    return pool.logits(images, texts).cpu(), (torch.arange(len(images)) < len(features.image_index)).long()
+
+
+def best_threshold(logits: Tensor, labels: Tensor) -> float:
+    """The threshold of highest accuracy of `logits > threshold`, halfway between two neighbouring logits."""
+    order = logits.argsort()
+    ordered, matched = logits[order].double(), labels[order].long()
+    # cut k: the k lowest logits are called unmatched
+    correct = torch.cat([matched.new_zeros(1), (1 - 2 * matched).cumsum(0)]) + matched.sum()
+    allowed = torch.cat([torch.tensor([True]), ordered[1:] > ordered[:-1], torch.tensor([True])])
+    cut = int(torch.where(allowed, correct, -1).argmax())
+    edges = torch.cat([ordered[:1] - 1, ordered, ordered[-1:] + 1])
+    return float((edges[cut] + edges[cut + 1]) / 2)
 
 
 def choose_thresholds(fuser: PairFuser, validation: PairedFeatures, seed: int = 0) -> dict[str, float]:
     """The threshold of each kind of negatives, chosen on the validation split and nowhere else."""
-    return {kind: best_threshold(*matching_logits(fuser, validation, kind, seed)) for kind in NEGATIVES}
+    pool = encode_pool(fuser, validation)
+    return {kind: best_threshold(*matching_logits(fuser, validation, kind, seed, pool)) for kind in NEGATIVES}
 
 
 def matching_report(
-    fuser: PairFuser, features: PairedFeatures, thresholds: dict[str, float], seed: int = 0
+    fuser: PairFuser, features: PairedFeatures, thresholds: dict[str, float], seed: int = 0, pool: Pool | None = None
 ) -> dict[str, Matching]:
     """Accuracy, F1, ROC-AUC and average precision for each kind of negatives, at thresholds from `choose_thresholds`.
 
-    Beside it stand the constants (`constant_scores`): at 1:1 any constant has accuracy 0.5, and "always matched" has
-    F1 0.667. A logit on the threshold counts as unmatched; ties between logits count half in ROC-AUC and are called
-    together in average precision.
-    """
-    report = {}
-    for kind in thresholds:
-        logits, labels = matching_logits(fuser, features, kind, seed)
+    At 1:1 any constant has accuracy 0.5, and "always matched" has F1 0.667. A logit on the threshold is unmatched."""
+    report, pool = {}, pool or encode_pool(fuser, features)
+    by_pair = features.image_index.repeat(2)
+    counts = by_pair.bincount(minlength=len(features))
+    for kind, threshold in thresholds.items():
+        logits, labels = matching_logits(fuser, features, kind, seed, pool)
         if not torch.isfinite(logits).all():
             raise MmkitError("The fuser's logits hold NaN or infinity; it cannot be evaluated.")
-        called = logits.double() > thresholds[kind]  # a threshold may lie between two neighbouring float32
-        correct = called == labels.bool()
-        report[kind] = Matching(
-            negatives=kind,
-            accuracy=float(correct.double().mean()),
-            f1=float(f1_score(labels, called)),
-            roc_auc=float(roc_auc_score(labels, logits)),
-            average_precision=float(average_precision_score(labels, logits)),
-            threshold=thresholds[kind],
-            pairs=len(labels),
-            pool=(len(features.image_rows), len(features.owner)),
-            intervals={"accuracy": bootstrap(*_per_image(correct, features), seed=seed)},
-        )
+        called = logits.double() > threshold  # a threshold may lie between two neighbouring float32
+        correct = (called == labels.bool()).double()
+        sums = by_pair.bincount(correct, minlength=len(features))
+        figures = f1_score(labels, called), roc_auc_score(labels, logits), average_precision_score(labels, logits)
+        intervals = {"accuracy": bootstrap(sums, counts, seed)}
+        report[kind] = Matching(float(correct.mean()), *map(float, figures), len(labels), intervals)
     return report
 
 
-def _per_image(correct: Tensor, features: PairedFeatures) -> tuple[Tensor, Tensor]:
-    """Sums of `correct` and numbers of pairs, `(N,)` each. Both pairs of a caption count for the image it belongs to,
-    since they share the caption."""
-    owner = features.owner.repeat(len(correct) // len(features.owner))
-    images = len(features.image_rows)
-    return owner.bincount(correct.double(), minlength=images), owner.bincount(minlength=images)
+def ranks(scores: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks from 1 of the true matches in `scores` `(N, M)`: per image `(N,)` and per caption `(M,)`.
+
+    An image's rank is that of its best caption among those of other images. Ties are resolved against the model."""
+    if scores.shape[1] != len(image_index):
+        raise MmkitError(f"scores have {scores.shape[1]} columns for {len(image_index)} captions.")
+    image_index = image_index.to(scores.device)
+    true = scores[image_index, torch.arange(len(image_index), device=scores.device)]
+    return _count_ranks(lambda rows: scores[rows], true, image_index, len(scores))
 
 
-def scorer(fuser: PairFuser, features: PairedFeatures) -> Callable[..., Tensor]:
-    """A function `(rows, columns)` → the logits of these images and captions of the pool (by default all captions).
-
-    A transductive fuser's logits depend on the pool, so it scores the whole pool once, and all N·M logits are held;
-    of any other the nodes are held, and logits are computed when they are asked for. Call it under inference mode.
-    """
-    image_nodes, text_nodes = pool_nodes(fuser, features)
-    if fuser.transductive:
-        scores = fuser.score_nodes(image_nodes, text_nodes)
-        return lambda rows, columns=slice(None): scores[rows][:, columns]
-    return lambda rows, columns=slice(None): fuser.score_nodes(image_nodes[rows], text_nodes[columns])
-
-
-@torch.inference_mode()
-def ranked(
-    fuser: PairFuser, features: PairedFeatures, block: int | None = None, shortlist: int = 0
+def _count_ranks(
+    score_rows: Callable[[Tensor], Tensor], true: Tensor, image_index: Tensor, images: int
 ) -> tuple[Tensor, Tensor]:
-    """`ranks` of a pool of any size: per image `(N,)` and per caption `(M,)`, on the fuser's device.
-
-    The logits of `block` images with all captions are held at a time (by default 16 MB of them), never all N·M, unless
-    the fuser is transductive (see `scorer`). The price: the true pairs are scored twice. With a `shortlist` only so
-    many candidates of each query are scored (see `shortlist_ranks`), which the fusers of parts need in large pools.
-    """
-    if shortlist:
-        image_nodes, text_nodes = pool_nodes(fuser, features)
-        return shortlist_ranks(fuser, image_nodes, text_nodes, features.owner.to(text_nodes.device), shortlist)
-    weight = next(fuser.parameters())
-    score, owner = scorer(fuser, features), features.owner.to(weight.device)
-    images, block = len(features.image_rows), block or rows_at_a_time(len(features.owner))
-    if block >= images:
-        return ranks(score(torch.arange(images, device=owner.device)), owner)
-    own = weight.new_zeros(len(owner))
-    for rows in torch.arange(images, device=owner.device).split(block):
-        mine = torch.isin(owner, rows).nonzero().flatten()
-        own[mine] = score(rows, mine)[owner[mine] - rows[0], torch.arange(len(mine), device=owner.device)]
-    return count_ranks(score, own, owner, images, block)
-
-
-def _recall(found: Tensor) -> Recall:
-    places = found.cpu().numpy()
-    return Recall(*(float((places <= k).mean()) for k in CUTS), median_rank=float(np.median(places)))
-
-
-def retrieval_report(fuser: PairFuser, features: PairedFeatures, shortlist: int = 0) -> Retrieval:
-    """Rank all captions for each image and all images for each caption of `features`; with a `shortlist`, only so many
-    candidates of each query by the match logit, and the rest after them by a cheap score (see `shortlist_ranks`)."""
-    image_ranks, caption_ranks = ranked(fuser, features, shortlist=shortlist)
-    return Retrieval(
-        _recall(image_ranks),
-        _recall(caption_ranks),
-        (len(image_ranks), len(caption_ranks)),
-        retrieval_intervals(image_ranks, caption_ranks, features.owner),
-    )
-
-
-def report_json(features: PairedFeatures, matching: dict[str, Matching], retrieval: Retrieval) -> dict:
-    """Both reports as plain numbers, fractions but for the sizes, the median rank and rsum (percent).
-
-    "constants" is what "always" and "never" score at these pairs' balance; "intervals" the 95 % intervals, by the name
-    of the negatives and under "retrieval".
-    """
-    directions = {name: getattr(retrieval, name) for name in DIRECTIONS}
-    intervals = {kind: row.intervals for kind, row in matching.items()} | {"retrieval": retrieval.intervals}
-    return {
-        "sizes": {"images": len(features.image_rows), "captions": len(features.owner)},
-        "matching": {
-            kind: {name: getattr(row, name) for name in ("accuracy", "f1", "roc_auc", "average_precision")}
-            for kind, row in matching.items()
-        },
-        "retrieval": {name: asdict(recall) for name, recall in directions.items()},
-        "rsum": retrieval.rsum,
-        "constants": constant_scores(torch.tensor([1, 0])),  # 1:1
-        "intervals": {
-            part: {name: interval._asdict() for name, interval in found.items()} for part, found in intervals.items()
-        },
-    }
-
-
-# --- checks of honesty ---------------------------------------------------------------------------
+    """`ranks`, a block of images at a time; `true` `(M,)` is each caption's score with its image."""
+    image_ranks, caption_ranks = [], torch.zeros_like(image_index)
+    for rows in torch.arange(images, device=image_index.device).split(max(1, _BLOCK // max(1, len(image_index)))):
+        scores, others = score_rows(rows), image_index != rows[:, None]
+        if torch.isnan(scores).any():
+            raise MmkitError("The scores hold NaN; they cannot be ranked.")
+        best = scores.masked_fill(others, -torch.inf).amax(dim=1, keepdim=True)
+        image_ranks.append(1 + ((scores >= best) & others).sum(dim=1))
+        caption_ranks += ((scores >= true) & others).sum(dim=0)
+    return torch.cat(image_ranks), 1 + caption_ranks
 
 
 @torch.inference_mode()
-def permutation_gap(fuser: PairFuser, images: Tensor, texts: Tensor, seed: int = 0) -> float:
-    """The largest change of a pair's logit when the pool is reordered, over the logits' spread.
+def pool_ranks(pool: Pool) -> tuple[Tensor, Tensor]:
+    """`ranks` of a pool of any size: a block of logits is held at a time, unless the fuser is transductive."""
+    fuser, image_index, images = pool.fuser, pool.image_index, len(pool.image_nodes)
+    texts, block = pool.text_nodes[: len(image_index)], max(1, _BLOCK // len(image_index))
+    if fuser.transductive or block >= images:
+        return ranks(fuser.score_nodes(pool.image_nodes, texts), image_index)
+    true = pool.image_nodes.new_zeros(len(texts))
+    for rows in torch.arange(images, device=image_index.device).split(block):
+        captions = torch.isin(image_index, rows).nonzero().flatten()
+        scores = fuser.score_nodes(pool.image_nodes[rows], texts[captions])
+        true[captions] = scores[image_index[captions] - rows[0], torch.arange(len(captions), device=rows.device)]
+    return _count_ranks(lambda rows: fuser.score_nodes(pool.image_nodes[rows], texts), true, image_index, images)
 
-    A fuser that reads only content gives (nearly) 0; one that reads positions, and so the pairing, does not.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    rows, columns = (torch.randperm(len(part), generator=generator) for part in (images, texts))
-    fuser.eval()
-    scores, reordered = fuser.score(images, texts), fuser.score(images[rows], texts[columns])
-    return float((scores[rows][:, columns] - reordered).abs().max() / scores.std().clamp(min=1e-12))
+
+@torch.inference_mode()
+def shortlist_ranks(pool: Pool, size: int) -> tuple[Tensor, Tensor]:
+    """`ranks`, where of each query the `size` candidates of the largest `fuser.shortlist_scores` are ranked by their
+    match logits, and all others after them by that cheap score, of which all `(N, M)` are held."""
+    if size < 1:
+        raise MmkitError(f"A shortlist of {size} candidates; it takes at least one.")
+    images, texts = pool.image_nodes, pool.text_nodes[: len(pool.image_index)]
+    cheap = pool.fuser.shortlist_scores(images, texts)
+    nothing, logits = torch.zeros_like(cheap, dtype=torch.bool), torch.zeros_like(cheap, dtype=torch.double)
+    of_images = nothing.scatter(1, cheap.topk(min(size, len(texts)), dim=1).indices, True)
+    of_captions = nothing.scatter(0, cheap.topk(min(size, len(images)), dim=0).indices, True)
+    for row, candidates in enumerate(of_images | of_captions):
+        # an image with all its candidates at once: its node is read once, and a fuser's way to score all pairs serves
+        logits[row, candidates] = pool.fuser.score_nodes(images[row, None], texts[candidates])[0].double()
+    behind = cheap.double() - (cheap.max() - logits.min() + 1)  # in double, or neighbours would become ties
+    image_ranks, _ = ranks(torch.where(of_images, logits, behind), pool.image_index)
+    return image_ranks, ranks(torch.where(of_captions, logits, behind), pool.image_index)[1]
 
 
-def noise_recall(
-    train: Callable[[PairedFeatures, PairedFeatures], PairFuser],
-    dims: tuple[int, int],
-    pairs: int = 200,
-    held_out: int = 200,
-    seed: int = 0,
-    parts: tuple[int, int] = (4, 3),
-) -> float:
-    """Caption→image R@1 on held-out pairs of pure noise, after `train(noise, validation)` has seen others.
+def retrieval_report(
+    fuser: PairFuser, features: PairedFeatures, shortlist: int = 0, pool: Pool | None = None
+) -> Retrieval:
+    """Rank all captions for each image and all images for each caption; with a `shortlist` see `shortlist_ranks`."""
+    pool = pool or encode_pool(fuser, features)
+    both = [part.cpu().numpy() for part in (shortlist_ranks(pool, shortlist) if shortlist else pool_ranks(pool))]
+    recalls = [Recall(*(float((part <= k).mean()) for k in CUTS), median_rank=float(np.median(part))) for part in both]
+    intervals = _recall_intervals(both, features.image_index.numpy())
+    return Retrieval(*recalls, (len(features), len(features.image_index)), intervals)
 
-    There is nothing to learn, so an honest fuser is at chance, 1 / `held_out`. Anything more is a leak: the
-    pairing reaches the scores by another way than the features. `parts` are the numbers of cells and tokens, which
-    fusers of parts look at.
-    """
-    generator = torch.Generator().manual_seed(seed)
 
-    def noise(n: int) -> PairedFeatures:
-        images, texts = (torch.randn(n, dim, generator=generator) for dim in dims)
-        cells, tokens = (
-            torch.randn(n, count, dim, generator=generator) for count, dim in zip(parts, dims, strict=True)
-        )
-        return PairedFeatures.from_arrays(images, texts, range(n), cells, tokens)
+def bootstrap(sums: np.ndarray | Tensor, counts: np.ndarray | Tensor, seed: int = 0) -> Interval:
+    """The 95 % bootstrap interval of a mean over captions or pairs: `sums` and `counts` of each image, `(N,)` both.
 
-    fuser = train(noise(pairs), noise(held_out))
-    return retrieval_report(fuser, noise(held_out)).text_to_image.r1
+    The percentile interval of Efron & Tibshirani 1993, chapter 13. The captions of an image are dependent, so whole
+    images are drawn. The pool stays what it was. Where all n images agree, up to 3 / n of all others may not."""
+    sums, counts = (np.asarray(part, dtype=float) for part in (sums, counts))
+    if sums.ndim != 1 or sums.shape != counts.shape or len(sums) < 2 or not counts.sum() > 0:
+        raise MmkitError(f"An interval needs sums and counts of two images or more, not {sums.shape}, {counts.shape}.")
+    return Interval(*np.nanquantile(_resampled(sums, counts, seed), _ENDS).tolist())
+
+
+def _resampled(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
+    """Means `(RESAMPLES, …)`, Σ sums / Σ counts of `(N, …)` both, over the same N images drawn with replacement."""
+    rng, images, means = np.random.default_rng(seed), len(sums), []
+    for _ in range(RESAMPLES):
+        times = np.bincount(rng.integers(images, size=images), minlength=images).astype(float)
+        with np.errstate(invalid="ignore"):
+            means.append(times @ sums / (times @ counts))
+    return np.stack(means)
+
+
+def _recall_intervals(both: list[np.ndarray], image_index: np.ndarray) -> dict[str, Interval]:
+    """The intervals of the six recalls and of rsum, from the ranks of images `(N,)` and of captions `(M,)`."""
+    image_ranks, caption_ranks = both
+    if (images := len(image_ranks)) < 2:
+        return {}
+    sums = [image_ranks <= k for k in CUTS]
+    sums += [np.bincount(image_index, caption_ranks <= k, images) for k in CUTS]
+    counts = [np.ones(images)] * 3 + [np.bincount(image_index, minlength=images)] * 3
+    figures = _resampled(np.stack(sums, axis=1), np.stack(counts, axis=1), 0)
+    ends = np.nanquantile(np.column_stack([figures, 100 * figures.sum(axis=1)]), _ENDS, axis=0).T.tolist()
+    names = [*(f"{way}.r{k}" for way in DIRECTIONS for k in CUTS), "rsum"]
+    return {name: Interval(*pair) for name, pair in zip(names, ends, strict=True)}

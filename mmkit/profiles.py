@@ -1,46 +1,38 @@
 """The one knob of the course: every size, encoder, path and epoch count, by name."""
 
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .errors import MmkitError
+from .support import MmkitError
 
-_CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def _cache_folder() -> Path:
     """`MMKIT_CACHE`, else `build/cache` of a source checkout, else the user's cache folder."""
     if os.environ.get("MMKIT_CACHE"):
         return Path(os.environ["MMKIT_CACHE"]).expanduser().resolve()
-    if (_CHECKOUT / "pyproject.toml").is_file():
-        return _CHECKOUT / "build" / "cache"
+    if (CHECKOUT / "pyproject.toml").is_file():
+        return CHECKOUT / "build" / "cache"
     return Path.home() / ".cache" / "mmkit"
 
 
-def resolve_coco_root(root: str | Path) -> Path:
-    """A COCO folder as an absolute path.
-
-    A relative path counts from the working directory or, since a notebook's working directory
-    is `notebooks/`, from the top of the checkout.
-    """
+def _coco_folder(root: str | Path) -> Path:
+    """A relative path counts from the working directory, or else (a notebook's is `notebooks/`) from the checkout."""
     root = Path(root).expanduser()
-    if not root.is_absolute() and not root.exists() and (_CHECKOUT / root).exists():
-        root = _CHECKOUT / root
-    return root.resolve()
+    return (CHECKOUT / root if not root.exists() and (CHECKOUT / root).exists() else root).resolve()
 
 
 @dataclass(frozen=True)
 class Profile:
     """Every setting of a run. Make one with `profile()`; change it there too.
 
-    `image_size` is the side of the square that an encoder sees, in pixels, 0 for its own, and `squash` shows it the
-    whole picture, deformed, instead of the centre; `skip_missing` leaves out images whose picture file is not there,
-    which otherwise is an error; `max_tokens` counts word pieces with [CLS] and [SEP]; fractions are of images;
-    `neighbours` is k of the k-nearest-neighbour graph; the settings that begin with `part_` are those of fusers that
-    take an item's parts, whose steps cost more; `learning_rate` is AdamW's peak; training ends after `patience` epochs
-    without a lower validation loss, where that is not 0.
-    """
+    `image_size` is the side of the square that an encoder sees, in pixels, 0 for its own; `squash` shows it the whole
+    picture, deformed, instead of the centre. `skip_missing` leaves out images without their file, an error otherwise.
+    `max_tokens` counts [CLS] and [SEP]; fractions are of images; `neighbours` is k of the k-nearest-neighbour graph.
+    `part_…` are the settings of fusers of parts, whose steps cost more; `learning_rate` is AdamW's peak; where
+    `patience` is not 0, training ends after so many epochs without a lower validation loss."""
 
     name: str
     data: str  # "scenes": drawn by the package; "folder": a COCO-captions folder on disk
@@ -80,59 +72,39 @@ class Profile:
     seed: int = 0
 
     def __repr__(self) -> str:  # a readable table without any path of the machine
-        if self.data == "scenes":
-            data = f"{self.scene_count:,} drawn scenes, seed {self.scene_seed}, and a tenth with new combinations"
-        else:
-            data = "a COCO-captions folder (MMKIT_COCO_ROOT)"
-        shown = {"profile": self.name, "data": data}
-        hidden = {"name", "data", "cache", "coco_root", "skip_missing", "scene_count", "scene_seed"}
-        shown |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
+        scenes = f"{self.scene_count:,} drawn scenes, seed {self.scene_seed}, and a tenth with new combinations"
+        data = scenes if self.data == "scenes" else "a COCO-captions folder (MMKIT_COCO_ROOT)"
+        apart = {"name", "data", "cache", "coco_root", "skip_missing", "scene_count", "scene_seed"}
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
+        shown = {"profile": self.name, "data": data} | shown
         return "\n".join(f"{key:<18} {value}" for key, value in shown.items())
 
 
 _PROFILES: dict[str, dict[str, object]] = {
-    "mini": {"data": "scenes"},
-    "photos": {
-        "data": "folder",
-        "test_fraction": 0.15,
-        "fusion_dim": 512,
-        "hidden_dim": 512,
-        "feature_dropout": 0.6,
-        "epochs": 16,
-        "learning_rate": 1e-3,
-    },
-    "coco": {  # the sizes and the learning rate of the articles
-        "data": "folder",
-        "image_encoder": "resnet50",
-        "text_encoder": "bert-base-uncased",
-        "max_tokens": 512,
-        "fusion_dim": 1024,
-        "hidden_dim": 512,
-        "epochs": 30,
-        "learning_rate": 1e-4,
-    },
-}
+    "mini": dict(data="scenes"),
+    "photos": dict(test_fraction=0.15, fusion_dim=512, hidden_dim=512, feature_dropout=0.6, epochs=16,
+                   learning_rate=1e-3),
+    "coco": dict(  # the sizes and the learning rate of the articles
+        image_encoder="resnet50", text_encoder="bert-base-uncased", max_tokens=512, fusion_dim=1024, hidden_dim=512,
+        epochs=30, learning_rate=1e-4,
+    ),
+}  # fmt: skip
 
 
 def profile(name: str | None = None, **changes: object) -> Profile:
-    """The settings called `name` (default: `MMKIT_PROFILE`, else "mini"), with `changes` applied.
-
-    >>> profile("mini", epochs=20).epochs
-    20
-    """
+    """The settings called `name` (default: `MMKIT_PROFILE`, else "mini"), with `changes` applied (`epochs=20`)."""
     name = name or os.environ.get("MMKIT_PROFILE") or "mini"
     if name not in _PROFILES:
         raise MmkitError(f"No profile {name!r}. Valid names: {', '.join(_PROFILES)}")
     known = {f.name for f in fields(Profile)}
     if unknown := set(changes) - known:
         raise MmkitError(f"No setting {', '.join(sorted(unknown))}. Valid settings: {', '.join(sorted(known))}")
-    settings = Profile(name=name, cache=_cache_folder(), **_PROFILES[name])  # type: ignore[arg-type]
+    settings = {"name": name, "data": "folder", "cache": _cache_folder()} | _PROFILES[name]
     if changes.get("coco_root"):  # a folder that is named is read, whatever the profile
-        changes = {"data": "folder"} | changes
-    if "cache" in changes:
-        changes |= {"cache": Path(changes["cache"]).expanduser()}  # type: ignore[arg-type]
-    settings = replace(settings, **changes)  # type: ignore[arg-type]
-    root = settings.coco_root or os.environ.get("MMKIT_COCO_ROOT")
-    if settings.data == "folder" and root:
-        settings = replace(settings, coco_root=resolve_coco_root(root))
-    return settings
+        settings["data"] = "folder"
+    settings |= changes
+    settings["cache"] = Path(settings["cache"]).expanduser()
+    root = settings.get("coco_root") or os.environ.get("MMKIT_COCO_ROOT")
+    if settings["data"] == "folder" and root:
+        settings["coco_root"] = _coco_folder(root)
+    return Profile(**settings)  # type: ignore[arg-type]

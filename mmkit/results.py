@@ -1,55 +1,31 @@
 """Figures of several seeds, read from the JSON that `make results` wrote: means, paired differences, tables."""
 
-import json
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
-from scipy.stats import t as students_t
+import pandas as pd
+from scipy import stats
 
-from .errors import MissingFile, MmkitError
-from .facts import FACTS
-from .metrics import CUTS, DIRECTIONS, Interval, Spread, mean_and_deviation
-from .profiles import _CHECKOUT
+from .evaluation import CUTS, DIRECTIONS, NEGATIVES, Interval
+from .profiles import CHECKOUT
+from .scenes import FACTS
+from .support import MissingFile, MmkitError
 
-FOLDER = Path("notebooks", "results")
-_MARKERS = "<!-- results: written by make results -->", "<!-- end of results -->"
-_MANY = 2  # seeds that a deviation needs
-
-
-class _Shown(NamedTuple):
-    label: str
-    scale: float
-    decimals: int
-
-
-def _percent(label: str) -> _Shown:
-    return _Shown(f"{label}, %", 100, 1)
-
-
-# Figure → how it is shown. They are kept as fractions, rsum in percent, the training time as a ratio.
-FIGURES: dict[str, _Shown] = {
-    **{f"accuracy.{kind}": _percent(f"accuracy, {kind}") for kind in ("random", "hard")},
-    **{f"roc_auc.{kind}": _percent(f"ROC-AUC, {kind}") for kind in ("random", "hard")},
-    **{
-        f"{prefix}{way}.r{k}": _percent(f"{where}{way.replace('_to_', '→')} R@{k}")
-        for prefix, where, cuts in (("", "", CUTS), ("known.", "known: ", CUTS[:1]), ("new.", "new: ", CUTS[:1]))
-        for way in DIRECTIONS
-        for k in cuts
-    },
-    "rsum": _Shown("rsum", 1, 0),
-    **{f"diagnostic.{fact}": _percent(f"{fact} changed") for fact in FACTS},
-    "training_time": _Shown("training time, ratio", 1, 1),
-}
+_RECALLS = {f"{way}.r{k}": f"{way.replace('_to_', '→')} R@{k}" for way in DIRECTIONS for k in CUTS}
+_PERCENT = {f"accuracy.{kind}": f"accuracy, {kind}" for kind in NEGATIVES} | _RECALLS
+_PERCENT |= {f"roc_auc.{kind}": f"ROC-AUC, {kind}" for kind in NEGATIVES}
+_PERCENT |= {f"{pool}.{name}": f"{pool}: {label}" for pool in ("known", "new") for name, label in _RECALLS.items()}
+_PERCENT |= {f"diagnostic.{fact}": f"{fact} changed" for fact in FACTS}
+# Figure → its label, and the factor and the decimals that it is shown with; fractions are shown in percent
+FIGURES = {name: (f"{label}, %", 100, 1) for name, label in _PERCENT.items()}
+FIGURES |= {"rsum": ("rsum", 1, 0), "training_time": ("training time, ratio", 1, 1)}
 
 
 class Difference(NamedTuple):
-    """The mean difference of a figure to that of a reference over `seeds` pairs of equal seeds, and its 95 % interval,
-    in the figure's unit."""
+    """The mean difference of a figure to a reference's over `seeds` pairs of equal seeds, with its 95 % interval."""
 
     mean: float
     interval: Interval
@@ -57,212 +33,87 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """In words: whether the interval leaves out zero, and on which side of it the figure lies."""
-        if self.interval.low <= 0 <= self.interval.high:
-            return "not beyond the interval"
-        return f"{'higher' if self.mean > 0 else 'lower'}, beyond the interval"
+        """Whether the interval leaves out zero, and on which side of it the figure lies."""
+        side = "higher," if self.interval.low > 0 else "lower," if self.interval.high < 0 else "not"
+        return f"{side} beyond the interval"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: its `figures` (see `FIGURES`), the `seconds` of processor time that it took (with a GPU, of wall
-    time), and a digest of the `code` that ran."""
+    """One training: seconds of processor time (with a GPU, of wall time), `FIGURES`, and the git commit of its code."""
 
     variant: str
     seed: int
-    code: str
     seconds: float
     figures: dict[str, float]
+    commit: str = ""
 
 
 @dataclass(frozen=True)
 class Results:
-    """What an experiment found, and the conditions that it holds under.
-
-    `variants` are the settings of each; `reference` is the variant that differences and training times refer to, and
-    `compared` the figure whose differences its table shows. The split is the same in all runs: deviations and intervals
-    are of the training's seed, and say nothing of other images (for those see `bootstrap`).
-    """
+    """What an experiment measured under its `conditions`: the settings of its `variants`, the `reference` of training
+    times, the `columns` of its table. The split is the same in all runs: deviations are of the training's seed."""
 
     name: str
-    question: str
     reference: str
     columns: tuple[str, ...]
-    compared: str
-    command: str
     conditions: dict[str, Any]
     variants: dict[str, dict[str, Any]]
     runs: tuple[Run, ...] = ()
 
-    def seeds(self, variant: str) -> tuple[int, ...]:
-        """The seeds that a variant was trained with, from low to high."""
-        if variant not in self.variants:
-            raise MmkitError(f"{self.name} has no variant {variant!r}. Valid names: {', '.join(self.variants)}")
-        return tuple(sorted(run.seed for run in self.runs if run.variant == variant))
-
-    def values(self, variant: str, figure: str) -> tuple[float, ...]:
+    def values(self, variant: str, figure: str) -> pd.Series:
         """The figure of each run of a variant, by seed; "training_time" is its ratio to the reference's same seed."""
-        return tuple(self._by_seed(variant, figure).values())
-
-    def _by_seed(self, variant: str, figure: str) -> dict[int, float]:
-        runs = {(run.variant, run.seed): run for run in self.runs}
-        chosen = {seed: runs[variant, seed] for seed in self.seeds(variant)}
+        runs = [run for run in self.runs if run.variant == variant]
+        values = {run.seed: run.figures[figure] for run in runs if figure in run.figures}
         if figure == "training_time":
-            both = {seed: (run, runs.get((self.reference, seed))) for seed, run in chosen.items()}
-            found = {seed: run.seconds / other.seconds for seed, (run, other) in both.items() if other}
-        elif known := [run.figures for run in chosen.values() if figure not in run.figures]:
-            names = ", ".join([*known[0], "training_time"])
-            raise MmkitError(f"{self.name} has no figure {figure!r}. Valid names: {names}")
-        else:
-            found = {seed: run.figures[figure] for seed, run in chosen.items()}
-        if not found:
-            raise MmkitError(f"{self.name} has no runs of {variant!r} with {figure!r} yet. Remedy: {self.command}")
-        return found
+            times = {run.seed: run.seconds for run in self.runs if run.variant == self.reference}
+            values = {run.seed: run.seconds / times[run.seed] for run in runs if run.seed in times}
+        if not values:
+            there = f"Variants: {', '.join(self.variants)}; figures: {', '.join(FIGURES)}"
+            raise MmkitError(f"{self.name}.json has no {figure!r} of {variant!r}. {there}. Remedy: make results")
+        return pd.Series(values).sort_index()
 
     def mean(self, variant: str, figure: str) -> float:
         """The mean of the figure over a variant's seeds."""
-        return float(np.mean(self.values(variant, figure)))
-
-    def spread(self, variant: str, figure: str) -> Spread:
-        """Mean and sample deviation (n − 1) of the figure over a variant's seeds; at least two are needed."""
-        return mean_and_deviation([{figure: value} for value in self.values(variant, figure)])[figure]
+        return float(self.values(variant, figure).mean())
 
     def difference(self, variant: str, reference: str, figure: str) -> Difference:
-        """How far a variant's figure lies above that of `reference`, in pairs of the same seed.
+        """How far a variant's figure lies above that of `reference`, in pairs of one seed, with Student's interval:
+        mean ± t(0.975, n − 1) · deviation / √n. Of many comparisons at once one in twenty lies beyond it by chance."""
+        apart = (self.values(variant, figure) - self.values(reference, figure)).dropna()
+        if len(apart) < 2:
+            raise MmkitError(f"{self.name}: {variant!r} and {reference!r} share no two seeds. Remedy: run.py --seeds 5")
+        mean, half = float(apart.mean()), float(stats.t.ppf(0.975, len(apart) - 1) * apart.sem())
+        return Difference(mean, Interval(mean - half, mean + half), len(apart))
 
-        The interval is Student's on the n paired differences, mean ± t(0.975, n − 1) · deviation / √n: it takes them to
-        be about normal, and many comparisons at once will have one in twenty beyond it by chance.
-        """
-        by_seed = [self._by_seed(one, figure) for one in (variant, reference)]
-        shared = sorted(by_seed[0].keys() & by_seed[1].keys())
-        if len(shared) < _MANY:
-            raise MmkitError(
-                f"{self.name} has {len(shared)} seeds with both {variant!r} and {reference!r}; a paired difference "
-                f"needs two. Remedy: {self.command} --seeds 5"
-            )
-        apart = np.array([by_seed[0][seed] - by_seed[1][seed] for seed in shared])
-        mean, half = apart.mean(), students_t.ppf(0.975, len(apart) - 1) * apart.std(ddof=1) / len(apart) ** 0.5
-        return Difference(float(mean), Interval(float(mean - half), float(mean + half)), len(apart))
+    def cell(self, variant: str, figure: str) -> str:
+        """Mean ± deviation as a table shows them, of one seed the figure alone; "–" before the first run."""
+        if figure in FIGURES and variant in self.variants.keys() - {run.variant for run in self.runs}:
+            return "–"
+        values, (_, scale, decimals) = self.values(variant, figure), FIGURES[figure]
+        return " ± ".join(f"{scale * shown:.{decimals}f}" for shown in [values.mean(), values.std()][: len(values)])
 
     def table(self, columns: Sequence[str] = (), variants: Sequence[str] = ()) -> str:
-        """A table in plain text: mean ± deviation of the `columns` (names of `FIGURES`) for each of the `variants`."""
-        rows = self._rows(columns or self.columns, variants or tuple(self.variants))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "   ".join(cell.rjust(width) if at else cell.ljust(width) for at, (cell, width) in enumerate(pairs))
-            for pairs in ([*zip(row, widths, strict=True)] for row in rows)
-        ]
-        return "\n".join(line.rstrip() for line in lines)
-
-    def markdown(self) -> str:
-        """The question, a table with the difference to the reference, and the conditions in a line."""
-        head, *rows = self._rows(self.columns, tuple(self.variants))
-        head = [*head, f"{FIGURES[self.compared].label} against {self.reference}, 95 % interval"]
-        rows = [[*row, self._against_reference(row[0])] for row in rows]
-        rule = ["---", *("---:" for _ in self.columns), "---"]
-        lines = [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
-        return "\n".join([f"**{self.name}.** {self.question}", "", *lines, "", self._conditions_in_a_line()])
-
-    def _rows(self, columns: Sequence[str], variants: Sequence[str]) -> list[list[str]]:
-        if unknown := set(columns) - FIGURES.keys():
-            raise MmkitError(f"No figure {', '.join(sorted(unknown))}. Valid names: {', '.join(FIGURES)}")
-        head = ["", *(FIGURES[column].label for column in columns)]
-        return [head, *([variant, *(self._cell(variant, column) for column in columns)] for variant in variants)]
-
-    def _cell(self, variant: str, figure: str) -> str:
-        if not self.seeds(variant):
-            return "–"
-        _, scale, decimals = FIGURES[figure]
-        mean = f"{scale * self.mean(variant, figure):.{decimals}f}"
-        if len(self.values(variant, figure)) < _MANY:
-            return mean
-        return f"{mean} ± {scale * self.spread(variant, figure).deviation:.{decimals}f}"
-
-    def _against_reference(self, variant: str) -> str:
-        if variant == self.reference or len({*self.seeds(variant)} & {*self.seeds(self.reference)}) < _MANY:
-            return "–"
-        found, (_, scale, decimals) = self.difference(variant, self.reference, self.compared), FIGURES[self.compared]
-        mean, low, high = (f"{scale * x:+.{decimals}f}".replace("-", "−") for x in (found.mean, *found.interval))
-        return f"{mean} ({low} to {high}): {found.verdict}"
-
-    def _conditions_in_a_line(self) -> str:
-        data, splits, counts = self.conditions["data"], self.conditions["splits"], sorted(self._seed_counts())
-        drawn = "drawn scenes" if data["kind"] == "scenes" else "photos"
-        parts = ", ".join(f"{name} {size['images']:,}" for name, size in splits["sizes"].items())
-        seeds = "–".join(map(str, sorted({counts[0], counts[-1]}))) + (" seed" if counts[-1] == 1 else " seeds")
-        encoders = " and ".join(self.conditions["features"][f"{kind}_encoder"][0] for kind in ("image", "text"))
-        return (
-            f"{seeds}; {data['images']:,} {drawn} ({parts}); {encoders}, frozen; negatives 1:1; "
-            f"{self.conditions['machine']}."
-        )
-
-    def _seed_counts(self) -> list[int]:
-        return [len(self.seeds(variant)) for variant in self.variants]
-
-
-# --- files ---------------------------------------------------------------------------------------
+        """In plain text: a cell for each of the `variants` in each of the `columns` (names of `FIGURES`)."""
+        columns, variants = columns or self.columns, variants or self.variants
+        rows = [[variant, *(self.cell(variant, figure) for figure in columns)] for variant in variants]
+        rows.insert(0, ["", *(FIGURES[figure][0] for figure in columns)])
+        first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("   ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in rows)
 
 
 def read_results(path: Path) -> Results:
     """The results in a JSON file. One that is damaged is an error that names the file."""
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Results)
-        if found.reference not in found.variants or any(run.variant not in found.variants for run in found.runs):
-            raise ValueError("its runs are not of its variants")
+        return msgspec.json.decode(path.read_bytes(), type=Results)
     except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
-        raise MmkitError(
-            f"{path} holds no results ({error}). Remedy: bring back the committed file, or delete it and make results"
-        ) from None
-    return found
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; an earlier one is replaced in a single step."""
-    beside = path.with_name(f"{path.name}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise MmkitError(
-            f"{path} cannot be written ({error.strerror or error}). Remedy: free space, or name another with --out"
-        ) from None
-
-
-def write_results(path: Path, results: Results) -> None:
-    """Write the JSON by `write_whole`."""
-    text = json.dumps(asdict(results), indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(path, f"{text}\n")
+        raise MmkitError(f"{path} holds no results ({error}). Remedy: git checkout, or make results") from None
 
 
 def load_results(name: str) -> Results:
-    """The committed results of an experiment, such as "losses".
-
-    They are found from a notebook's working directory (`notebooks/`) and from the top of the checkout.
-    """
-    places = (FOLDER.relative_to("notebooks"), FOLDER, _CHECKOUT / FOLDER)
-    for folder in places:
-        if (path := folder / f"{name}.json").is_file():
-            return read_results(path)
-    there = sorted({path.stem for folder in places for path in folder.glob("*.json")})
-    raise MissingFile(
-        f"There are no results {name!r} in {FOLDER}; there are: {', '.join(there) or 'none'}. Remedy: make results"
-    )
-
-
-# --- README --------------------------------------------------------------------------------------
-
-
-def results_section(folder: Path, names: Sequence[str]) -> str:
-    """Markdown of those experiments, in this order, whose JSON is in `folder`."""
-    paths = [folder / f"{name}.json" for name in names]
-    return "\n\n".join(read_results(path).markdown() for path in paths if path.is_file())
-
-
-def with_section(readme: str, section: str) -> str:
-    """The text of README with `section` between the two comments that mark its place."""
-    start, end = _MARKERS
-    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if len(pattern.findall(readme)) != 1:
-        raise MmkitError(f"README.md has no place for results. Remedy: one line {start!r}, and one {end!r} after it.")
-    return pattern.sub(lambda _: f"{start}\n\n{section}\n\n{end}", readme)
+    """Committed results, such as "losses", found from the notebooks, the checkout's top, or by its installation."""
+    folders = CHECKOUT / "notebooks" / "results", Path("notebooks", "results"), Path("results")
+    files = {path.stem: path for folder in folders for path in sorted(folder.glob("*.json"))}
+    if name not in files:
+        raise MissingFile(f"No results {name!r} in notebooks/results, but {', '.join(files)}. Remedy: make results")
+    return read_results(files[name])

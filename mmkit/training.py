@@ -1,353 +1,272 @@
-"""One loop for every fuser."""
+"""One loop for every fuser: lesson 3's, with devices and processes, and a state from which a killed run goes on."""
 
-import json
-import math
 import os
-from dataclasses import asdict, dataclass, field, replace
+import shutil
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.scheduler import AcceleratedScheduler
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import DataLoaderConfiguration, reduce, set_seed
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from .baselines import RegularizedCCA, TwoTower
-from .batches import ALONE, Batch, Order, PairBatches, Share, epoch_seed
-from .errors import MmkitError
-from .features import FalseCaptions, PairedFeatures
-from .fusers import GatedFuser, MultimodalFeatureFuser, PairFuser
-from .graphs import HeteroGNN, MultimodalGNN
-from .losses import contradiction_loss, info_nce, matching_loss, sample_negatives
-from .parts import CrossAttentionFuser, RegionWordGNN
+from .baselines import RegularizedCCA
+from .features import FalseCaptions, PairedFeatures, pad_cat
+from .fusers import PairFuser
+from .losses import Batch, JointLoss
 from .profiles import Profile
-from .progress import progress
-from .states import load_state, save_state
-
-FUSERS: dict[str, type[PairFuser]] = {
-    "mlp": MultimodalFeatureFuser,
-    "gnn": MultimodalGNN,
-    "hetero-gnn": HeteroGNN,
-    "gated": GatedFuser,
-    "two-tower": TwoTower,
-    "cca": RegularizedCCA,
-    "cross-attention": CrossAttentionFuser,
-    "region-word": RegionWordGNN,
-}
-
-
-def build_fuser(name: str, profile: Profile, image_dim: int, text_dim: int, **arguments: object) -> PairFuser:
-    """The fuser called `name` with the profile's sizes, its weights drawn from the profile's seed.
-
-    Further `arguments` are those of its class, such as `paths="product"` of "mlp" or `edges="mutual"` of "gnn".
-    """
-    if name not in FUSERS:
-        raise MmkitError(f"No fuser {name!r}. Valid names: {', '.join(FUSERS)}")
-    set_seed(profile.seed)
-    kind = FUSERS[name]
-    dropouts = {"dropout": profile.dropout, "feature_dropout": profile.feature_dropout}
-    graph = {"layers": profile.layers, "neighbours": profile.neighbours}
-    settings: dict[str, object] = {
-        "mlp": {"fusion_dim": profile.fusion_dim} | dropouts,
-        "gated": {"fusion_dim": profile.fusion_dim} | dropouts,
-        "gnn": {"hidden_dim": profile.hidden_dim, "heads": profile.heads} | graph | dropouts,
-        "hetero-gnn": {"hidden_dim": profile.hidden_dim} | graph | dropouts,
-        "two-tower": {"width": profile.fusion_dim, "feature_dropout": profile.feature_dropout},
-        "cca": {"width": profile.fusion_dim},
-        "cross-attention": {"width": profile.part_dim, "heads": profile.heads} | dropouts,
-        "region-word": {"width": profile.part_dim, "feature_dropout": profile.feature_dropout} | graph,
-    }[name]
-    return kind(image_dim, text_dim, **(settings | arguments))
-
-
-def fit_profile(
-    fuser: PairFuser,
-    train: PairedFeatures,
-    validation: PairedFeatures,
-    profile: Profile,
-    state: Path | None = None,
-    false: FalseCaptions | None = None,
-    accumulate: int = 1,
-) -> "History":
-    """`fit` with the profile's settings. A closed form is solved: its history is one row, with 0 gradient steps."""
-    if isinstance(fuser, RegularizedCCA):
-        fuser.solve(train, validation, profile.seed)
-        weights, row = (profile.contrastive_weight, profile.matching_weight), {"gradient_steps": 0.0}
-        row["temperature"] = fuser.log_temperature.exp().item()
-        for prefix, part in (("", train), ("validation_", validation)):
-            losses = validation_losses(fuser, part, profile.batch_size, profile.seed)
-            row |= {f"{prefix}contrastive": losses[0], f"{prefix}matching": losses[1]}
-            row[f"{prefix}loss"] = weights[0] * losses[0] + weights[1] * losses[1]
-        return History([row])
-    names = ("epochs", "batch_size", "learning_rate", "weight_decay", "contrastive_weight", "matching_weight")
-    settings = {name: getattr(profile, name) for name in (*names, "patience", "seed")}
-    if fuser.takes_parts:
-        settings |= {name: getattr(profile, f"part_{name}") for name in ("batch_size", "epochs", "learning_rate")}
-    return fit(fuser, train, validation, **settings, accumulate=accumulate, state=state, false=false)
-
-
-class _PairLosses(nn.Module):
-    """The losses of a batch, as one module, so that an engine can wrap the whole computation.
-
-    Where processes `share` the batch, each computes the nodes of its own images and texts, gathers the others', and
-    matches the pairs of its own captions. The contrastive loss and the draws of negatives are those of the whole
-    batch on every process; the other losses are the same after a mean over the processes.
-    """
-
-    def __init__(self, fuser: PairFuser, share: Share = ALONE) -> None:
-        super().__init__()
-        self.fuser, self.share, self.split = fuser, share, ALONE if fuser.whole_batch else share
-
-    def forward(self, batch: Batch, hardness: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        count, owner, denied = len(batch.owner), batch.owner, batch.denied
-        with self.share.own_randomness():
-            own_nodes, text_nodes = self.fuser.nodes(batch.images, batch.texts)
-        count_images = len(own_nodes) if self.split.count == 1 else int(owner.max()) + 1
-        image_nodes = self.split.gather(own_nodes, count_images)
-        text_nodes = self.split.gather(text_nodes, count + 2 * len(denied))
-        similarity = self.split.gather(self.fuser.similarities(own_nodes, text_nodes[:count]), count_images)
-        # index_select's backward, unlike indexing's, adds in a fixed order
-        similarity = similarity.index_select(0, owner)
-        contrastive = info_nce(similarity, self.fuser.log_temperature, owner)
-        own, accused = self.share.of(count), self.share.of(len(denied))
-        sampled = sample_negatives(similarity, owner, hardness)
-        image_rows, text_rows = (rows.view(4, -1)[:, own].flatten() for rows in sampled)  # four for each caption
-        captions = torch.arange(len(text_nodes), device=owner.device)
-        images = torch.cat([owner[own], owner.index_select(0, image_rows), *[denied[accused]] * 2])
-        texts = torch.cat([captions[own], text_rows, captions[count:].view(2, -1)[:, accused].flatten()])
-        with self.share.own_randomness():
-            logits = self.fuser.match(image_nodes.index_select(0, images), text_nodes.index_select(0, texts))
-        positives, ranked = own.stop - own.start, accused.stop - accused.start
-        pairs, false, true = logits.tensor_split((positives + len(text_rows), len(logits) - ranked))
-        matched = torch.arange(len(pairs), device=logits.device) < positives
-        contradiction = contradiction_loss(true, false) if ranked else logits.new_zeros(())
-        matching = matching_loss(pairs, matched) * self.share.weight(count)
-        return contrastive, matching, contradiction * self.share.weight(len(denied))
+from .support import MmkitError, progress
 
 
 @dataclass
 class History:
-    """What `fit` saw: one row per epoch with mean losses, and the epoch whose weights were kept (from 0)."""
+    """What `fit` saw: a row for each epoch with mean losses, and the epoch whose weights are kept (from 0)."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
 
     def column(self, name: str) -> list[float]:
+        """A loss, epoch by epoch."""
         return [row[name] for row in self.rows]
 
 
-def _warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """A linear warm-up, then cosine annealing to zero (Loshchilov & Hutter 2017, eq. 5)."""
+class PairBatches(Dataset):
+    """One item per caption, read a batch at a time; each image of a batch brings one of its `false` captions, drawn
+    evenly. Processes that share the pairs read their own; a batch that they cannot divide starts over at its end."""
+
+    def __init__(self, features: PairedFeatures, losses: JointLoss, false: FalseCaptions | None = None) -> None:
+        self.features, self.losses, self.false = features, losses, false
+        if false is not None:
+            if not np.array_equal(false.features.image_ids, features.image_ids):
+                raise MmkitError("The false captions are of other images. Remedy: false_captions(dataset, train, …)")
+            image_index = false.features.image_index
+            self.by_image = image_index.argsort(stable=True)
+            self.count = image_index.bincount(minlength=len(features))
+            self.first = self.count.cumsum(0) - self.count
+
+    def __len__(self) -> int:
+        return len(self.features.image_index)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        filled = -(-len(indices) // self.losses.processes) * self.losses.processes
+        captions = torch.as_tensor(indices)[torch.arange(filled) % len(indices)]
+        images, image_index = self.features.image_index[captions].unique(return_inverse=True)
+        texts, accused = [], image_index[:0]
+        if self.false is not None:
+            accused = self.count[images].nonzero().flatten()
+            chosen = self.first[images] + (torch.rand(len(images)) * self.count[images]).long()
+            chosen = self.by_image[chosen[accused]]
+            texts = [self.false.features.captions(chosen), self.features.captions(self.false.captions[chosen])]
+            by_image = image_index.argsort(stable=True)  # a pair for each image
+            accused = by_image[torch.searchsorted(image_index[by_image], accused)]
+        share = self.losses.own(len(captions)) if self.losses.shares_pairs else slice(None)
+        rows, own_index = image_index[share].unique(return_inverse=True)
+        texts = pad_cat([self.features.captions(captions[share]), *texts])
+        return Batch(self.features.images(images[rows]), texts, image_index, accused, own_index)
+
+
+def warmup_cosine(step: int, steps: int) -> float:
+    """A tenth of the steps as linear warm-up, then cosine annealing to zero (Loshchilov & Hutter 2017, eq. 5)."""
+    warmup = max(1, steps // 10)
     if step < warmup:
         return (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
+    done = (step - warmup) / max(1, steps - warmup)
     return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(1.0, done))).item())
 
 
-def _weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; biases, scales and the temperature do not."""
+def adamw(model: nn.Module, profile: Profile) -> Optimizer:
+    """AdamW, in which matrices decay and biases, scales and the temperature do not."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": profile.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    return torch.optim.AdamW(groups, lr=profile.learning_rate, fused=True)  # fused: one pass over the weights
 
 
-def _mixed_precision() -> str | None:
-    """What Accelerate computes in: what its launcher says, else half precision where the device has it, as GPUs do."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return None  # Accelerate reads it where it is given nothing
-    if not torch.cuda.is_available():
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-
-
-def fit(
-    fuser: PairFuser,
-    train: PairedFeatures,
-    validation: PairedFeatures,
-    *,
-    epochs: int = 15,
-    batch_size: int = 256,
-    learning_rate: float = 1e-4,
-    weight_decay: float = 0.01,
-    contrastive_weight: float = 1.0,
-    matching_weight: float = 1.0,
-    clip: float = 1.0,
-    accumulate: int = 1,
-    patience: int = 0,
-    seed: int = 0,
-    state: Path | None = None,
-    false: FalseCaptions | None = None,
-) -> History:
-    """Train `fuser` in place by contrastive + cross-entropy loss, and keep the epoch of lowest validation loss.
-
-    AdamW with a peak of `learning_rate`, a tenth of the steps as warm-up, then cosine annealing; gradients are
-    clipped to norm `clip`. Input features are standardised by the training set's statistics. With `patience` the
-    training ends after so many epochs without a lower validation loss. The device, the processes and, on a GPU,
-    half precision are Accelerate's: what its launcher or its environment variables say wins, for the precision as for
-    `accumulate`. A loss that is not finite stops with the step, the images and advice.
-
-    The processes of a job (torchrun, accelerate launch) share each batch: `batch_size` is that of all together, the
-    contrastive loss sees all its pairs, and without dropout, which each process draws for itself, losses and weights
-    are those of a single process but for rounding. Where nodes depend on the whole batch, as in a graph over it, each
-    process computes all nodes. Gradients of `accumulate` batches make one step; the negatives of a pair are still
-    those of its own batch, so that this is no larger batch for the contrastive loss.
-
-    `state` names a file in which the main process keeps each finished epoch; a training that was broken off goes on
-    from there, and ends in the same weights on the same device. The caller deletes the file when the fuser is safe.
-
-    The matching loss meets, for each pair, a random unmatched one and one that is drawn by similarity, the more sharply
-    the longer the training lasts: its `hardness` (see `sample_negatives`) goes from 0 to 1 over the first half of the
-    steps. `false` are captions with a fact changed, as `false_captions` makes them: each image of a batch brings one
-    of its own, which has to have a lower logit than the true one (`contradiction_loss`).
-    """
-    if epochs < 1:
-        raise MmkitError(f"epochs is {epochs}; training takes at least one.")
+def fit(fuser: PairFuser, train: PairedFeatures, validation: PairedFeatures, profile: Profile, *,
+        false: FalseCaptions | None = None, state: Path | None = None, accumulate: int = 1,
+        optimizer: Optimizer | None = None, schedule: Callable[[int, int], float] = warmup_cosine,
+        losses: JointLoss | None = None,
+        on_epoch: Callable[[dict[str, float]], object] | None = None) -> History:  # fmt: skip
+    """Train `fuser` in place by the profile's settings and keep the epoch of lowest validation loss. A CCA is solved.
+    `false` captions, as `false_captions` makes them, have to score below the true ones. `state` names a folder that
+    keeps the last epoch: a training that was broken off goes on from there to the same weights; the caller deletes it.
+    Gradients of `accumulate` batches make a step. `schedule` maps a step and their number to a factor of the rate, and
+    `on_epoch` is called with each row of the history."""
     if isinstance(fuser, RegularizedCCA):
-        raise MmkitError("A CCA is solved, not stepped. Remedy: fit_profile, or fuser.solve(train, validation)")
-    set_seed(seed)
+        fuser.solve(train, validation, profile.seed)  # in closed form: a history of one row
+        losses = JointLoss(fuser.to(_accelerator(1).device))
+        row = {"gradient_steps": 0.0, "temperature": fuser.log_temperature.exp().item()}
+        row |= mean_losses(losses, train, profile, "") | mean_losses(losses, validation, profile, "validation_")
+        return History([row])
+    if fuser.takes_parts:  # which has settings of its own
+        names = "batch_size", "epochs", "learning_rate"
+        profile = replace(profile, **{name: getattr(profile, f"part_{name}") for name in names})
+    if profile.epochs < 1:
+        raise MmkitError(f"epochs is {profile.epochs}; training takes at least one.")
+    set_seed(profile.seed)
     train, validation = fuser.view(train), fuser.view(validation)
-    false = replace(false, features=fuser.view(false.features)) if false is not None else None
+    false = false and replace(false, features=fuser.view(false.features))
     fuser.observe(train)
-
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=_mixed_precision(),
-        gradient_accumulation_steps=accumulate,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),  # the schedule counts batches of all processes
-    )
-    accumulate = accelerator.gradient_accumulation_steps  # a launcher's number wins
-    if accumulate < 1:
-        raise MmkitError(f"accumulate is {accumulate}; a step takes at least one batch.")
-    share = Share(accelerator.process_index, accelerator.num_processes)
-    losses, order = _PairLosses(fuser, share), Order(len(train.owner), seed)
-    batches = PairBatches(train, false, losses.split)
-    loader = DataLoader(batches, batch_size, sampler=order, collate_fn=lambda batch: batch)
+    accelerator, losses, order = _accelerator(accumulate), losses or JointLoss(fuser), torch.Generator()
+    batches = PairBatches(train, losses, false)
+    sampler = RandomSampler(batches, generator=order)
+    loader = DataLoader(batches, profile.batch_size, sampler=sampler, collate_fn=lambda batch: batch)
     loader = prepare_data_loader(loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True)
-    # fused: one pass over the weights, which every process of a job takes over all of them
-    optimizer = torch.optim.AdamW(_weight_groups(losses, weight_decay), lr=learning_rate, fused=True)
-    steps = epochs * -(-len(loader) // accumulate)
-    scheduler = LambdaLR(optimizer, lambda step: _warmup_cosine(step, max(1, steps // 10), steps))
-    losses, optimizer, scheduler = accelerator.prepare(losses, optimizer, scheduler)
-    history, best = History(), _learnt(fuser)
-    weights = torch.tensor([contrastive_weight, matching_weight, 1.0])
-    settings = [epochs, batch_size, learning_rate, weight_decay, contrastive_weight, matching_weight, clip, seed]
-    sizes = [sum(p.numel() for p in fuser.parameters()), len(train.owner), len(validation.owner)]
-    sizes.append(len(false.captions) if false is not None else 0)
-    made_by = [type(fuser).__name__, sizes, [*settings, accumulate]]
-    if state is not None:
-        kept = [load_state(state) if accelerator.is_main_process and state.is_file() else None]
-        if (found := broadcast_object_list(kept)[0]) is not None:
-            history, best = _resume(state, found, made_by, fuser, optimizer, scheduler)
-    remaining = range(len(history.rows), epochs)
+    optimizer = optimizer or adamw(losses, profile)
+    accumulate = accelerator.gradient_accumulation_steps  # a launcher's number wins
+    steps = profile.epochs * -(-len(loader) // accumulate)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps))
+    made_by = profile, losses, optimizer, train, validation, false, accelerator.num_processes, accumulate
+    # a copy: what is prepared may compute in half precision, and validation does not
+    prepared = loader, *accelerator.prepare(copy(losses), optimizer, scheduler)
+    saved = _Saved(accelerator, fuser, state, made_by)
+    history, remaining = saved.history, range(len(saved.history.rows), profile.epochs)
     for epoch in progress(remaining, "training", unit="epochs") if accelerator.is_main_process else remaining:
-        if patience and len(history.rows) - 1 - history.best_epoch >= patience:
+        if profile.patience and len(history.rows) - 1 - history.best_epoch >= profile.patience:
             break
-        set_seed(epoch_seed(seed, epoch))
-        order.epoch = epoch
-        losses.train()
-        sums = torch.zeros(3)
-        for step, batch in enumerate(loader):
-            done = (epoch * len(loader) + step) / (epochs * len(loader))
-            with accelerator.accumulate(losses):
-                parts = torch.stack(losses(batch, min(1.0, 2 * done)))
-                means = share.mean(parts.detach()).cpu()
-                if not torch.isfinite(loss := means @ weights):
-                    images = _suspects(train, order, step, batch_size)
-                    raise MmkitError(
-                        f"The loss is {loss.item()} in epoch {epoch}, step {step}, images {images}. "
-                        f"Remedy: lower learning_rate ({learning_rate}), or look for NaN in the features."
-                    )
-                accelerator.backward(parts @ weights.to(parts))
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(losses.parameters(), clip)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-            sums += means
-        means = sums / len(loader)
-        row = dict(zip(("contrastive", "matching", "contradiction"), means.tolist(), strict=True))
-        row |= {"temperature": fuser.log_temperature.exp().item(), "loss": float(means @ weights)}
-        held_out = validation_losses(fuser, validation, batch_size, seed, share)
-        row |= {f"validation_{name}": value for name, value in zip(("contrastive", "matching"), held_out, strict=True)}
-        row["validation_loss"] = contrastive_weight * held_out[0] + matching_weight * held_out[1]
-        if not math.isfinite(row["validation_loss"]):
-            raise MmkitError(
-                f"The validation loss is {row['validation_loss']} after epoch {epoch}. Remedy: lower learning_rate "
-                f"({learning_rate}), or look for NaN in the features of the validation split."
-            )
-        history.rows.append(row)
-        if row["validation_loss"] <= min(history.column("validation_loss")):
-            history.best_epoch, best = epoch, _learnt(fuser)
-        if state is not None and accelerator.is_main_process:
-            facts = {"made_by": made_by, "history": asdict(history), "scheduler": scheduler.scheduler.state_dict()}
-            modules = {"fuser": _learnt(fuser), "best": best}
-            save_state(state, modules, optimizer.optimizer.state_dict(), facts)
-    _restore(fuser, best)
+        seed = profile.seed * 100_003 + epoch  # so that an epoch can be taken up without those before it
+        set_seed(seed)
+        order.manual_seed(seed)
+        row = _epoch(accelerator, prepared, profile, epoch)
+        row["temperature"] = fuser.log_temperature.exp().item()
+        row |= mean_losses(losses, validation, profile, "validation_")
+        saved.take(row)
+        if on_epoch is not None and accelerator.is_main_process:
+            on_epoch(row)
+    fuser.load_state_dict(fuser.state_dict() | saved.best)
     fuser.eval()
     return history
 
 
-def _learnt(fuser: PairFuser) -> dict[str, Tensor]:
-    """A copy of all of its state that training may change: not the frozen weights of an adapted encoder."""
-    frozen = {name for name, weight in fuser.named_parameters(remove_duplicate=False) if not weight.requires_grad}
-    return {name: value.detach().clone() for name, value in fuser.state_dict().items() if name not in frozen}
-
-
-def _restore(fuser: PairFuser, learnt: dict[str, Tensor]) -> None:
-    fuser.load_state_dict(fuser.state_dict() | learnt)
-
-
-def _suspects(train: PairedFeatures, order: Order, step: int, batch_size: int) -> str:
-    """The images of a step whose features are not finite, or of all the step, for an error message."""
-    captions = list(order)[step * batch_size : (step + 1) * batch_size]
-    rows = train.owner[captions].unique()
-    broken = [row for row in rows.tolist() if not torch.isfinite(train.images([row])).all()]
-    ids = train.image_ids[broken or rows].tolist()
-    what = "with features that are not finite" if broken else "of the batch"
-    return f"{what}: {', '.join(map(str, ids[:5]))}{', …' if len(ids) > 5 else ''}"
-
-
-def _resume(
-    state: Path,
-    found: tuple,
-    made_by: list,
-    fuser: PairFuser,
-    optimizer: AcceleratedOptimizer,
-    scheduler: AcceleratedScheduler,
-) -> tuple[History, dict[str, Tensor]]:
-    """Put all back to where the state `found` in a file was; its history, and the best weights so far."""
-    modules, optimizer_state, facts = found
-    if facts["made_by"] != json.loads(json.dumps(made_by)):
-        raise MmkitError(f"{state} is of another training. Remedy: name another file, or delete it to start again.")
-    _restore(fuser, modules["fuser"])
-    optimizer.optimizer.load_state_dict(optimizer_state)
-    scheduler.scheduler.load_state_dict(facts["scheduler"])
-    return History(**facts["history"]), modules["best"]
+def _epoch(accelerator: Accelerator, prepared: tuple, profile: Profile, epoch: int) -> dict[str, float]:
+    """One pass over the pairs: the mean losses."""
+    loader, model, optimizer, scheduler = prepared
+    model.train()
+    weights, sums = torch.tensor([profile.contrastive_weight, profile.matching_weight, 1.0]), torch.zeros(3)
+    for step, batch in enumerate(loader):
+        # the negatives are drawn by similarity, the more sharply the longer the training lasts: 1 from half of it on
+        hardness = min(1.0, 2 * (epoch * len(loader) + step) / (profile.epochs * len(loader)))
+        with accelerator.accumulate(model):
+            parts = torch.stack(model(batch, hardness))
+            means = reduce(parts.detach(), "mean").cpu()
+            if not torch.isfinite(loss := means @ weights):
+                advice = _advice(loader.dataset.features, profile)
+                raise MmkitError(f"The loss is {loss.item()} in epoch {epoch}, step {step}. {advice}")
+            accelerator.backward(parts @ weights.to(parts))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        sums += means
+    means = sums / len(loader)
+    row = dict(zip(("contrastive", "matching", "contradiction"), means.tolist(), strict=True))
+    return row | {"loss": float(means @ weights)}
 
 
 @torch.no_grad()
-def validation_losses(
-    fuser: PairFuser, features: PairedFeatures, batch_size: int, seed: int, share: Share = ALONE
-) -> tuple[float, float]:
-    """Mean contrastive and matching loss over `features`, in batches and with negatives fixed by `seed`.
-
-    Processes that `share` the batches have to call it together; all get the same.
-    """
-    fuser.eval()
-    features = fuser.view(features)
-    device = next(fuser.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    losses = _PairLosses(fuser, share)
-    batches = PairBatches(features, share=losses.split)
-    loader = DataLoader(batches, batch_size, shuffle=True, generator=generator, collate_fn=lambda batch: batch)
+def mean_losses(losses: JointLoss, features: PairedFeatures, profile: Profile, prefix: str) -> dict[str, float]:
+    """Mean losses over `features`, in batches and with negatives fixed by the profile's seed; `prefix` names them.
+    Processes that share the pairs have to call it together; all get the same."""
+    losses.eval()
+    features, device = losses.fuser.view(features), next(losses.parameters()).device
+    generator, batches = torch.Generator().manual_seed(profile.seed), PairBatches(features, losses)
+    loader = DataLoader(batches, profile.batch_size, shuffle=True, generator=generator, collate_fn=lambda batch: batch)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(profile.seed)
         rows = [torch.stack(losses(Batch(*(part.to(device) for part in batch)))) for batch in loader]
-    contrastive, matching, _ = share.mean(torch.stack(rows).mean(dim=0)).tolist()
-    return contrastive, matching
+    contrastive, matching, _ = reduce(torch.stack(rows).mean(dim=0), "mean").tolist()
+    loss = profile.contrastive_weight * contrastive + profile.matching_weight * matching
+    if not np.isfinite(loss):
+        raise MmkitError(f"The {prefix}loss is {loss}. {_advice(features, profile)}")
+    return {f"{prefix}contrastive": contrastive, f"{prefix}matching": matching, f"{prefix}loss": loss}
+
+
+def _accelerator(accumulate: int) -> Accelerator:
+    """Accelerate's engine. What its launcher says wins; else half precision where a GPU has it."""
+    precision = "no"
+    if torch.cuda.is_available():
+        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=None if "ACCELERATE_MIXED_PRECISION" in os.environ else precision,
+        gradient_accumulation_steps=accumulate,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),  # the schedule counts batches of all processes
+    )
+    if accelerator.gradient_accumulation_steps < 1:
+        raise MmkitError(f"accumulate is {accelerator.gradient_accumulation_steps}; a step takes at least one batch.")
+    return accelerator
+
+
+def _advice(features: PairedFeatures, profile: Profile) -> str:
+    """What makes a loss that is not finite: features of some images or of their captions, or the learning rate."""
+    both = (features.images, torch.arange(len(features))), (features.captions, features.image_index)
+    rows = [(read, row, image) for read, of in both for row, image in enumerate(of.tolist())]
+    broken = {int(features.image_ids[image]) for read, row, image in rows if not read([row]).isfinite().all()}
+    if not broken:
+        return f"All features are finite. Remedy: lower learning_rate ({profile.learning_rate})."
+    some = ", ".join(map(str, sorted(broken)[:5]))
+    return f"Not finite are features of the images {some} or of their captions. Remedy: extract them again."
+
+
+class _Saved:
+    """History and best weights of a training, kept in its `state` folder after each epoch by Accelerate."""
+
+    def __init__(self, accelerator: Accelerator, fuser: PairFuser, folder: Path | None, made_by: tuple) -> None:
+        self.accelerator, self.fuser, self.folder = accelerator, fuser, folder
+        self.made_by, self.history, self.best = "\n".join(map(repr, made_by)), History(), self._learnt()
+        accelerator.register_for_checkpointing(self)
+        if folder is None or not (epochs := sorted(folder.glob("epoch-*"))):
+            return
+        try:
+            if same := (epochs[-1] / "made_by.txt").read_text(encoding="utf-8") == self.made_by:
+                accelerator.load_state(str(epochs[-1]))
+        except Exception as error:  # there is little that a damaged pickle may not raise
+            raise MmkitError(f"{epochs[-1]} holds no state of a training ({error}). Remedy: delete {folder}") from None
+        if not same:
+            raise MmkitError(f"{folder} is of another training. Remedy: name another, or delete it.")
+
+    def _learnt(self) -> dict[str, Tensor]:
+        """A copy of all of its state that training may change: not the frozen weights of an adapted encoder."""
+        state = self.fuser.state_dict(keep_vars=True)
+        frozen = {name for name, part in state.items() if isinstance(part, nn.Parameter) and not part.requires_grad}
+        return {name: part.detach().clone() for name, part in state.items() if name not in frozen}
+
+    def take(self, row: dict[str, float]) -> None:
+        """Add an epoch's row, keep the weights if they are the best, and save."""
+        self.history.rows.append(row)
+        if row["validation_loss"] <= min(self.history.column("validation_loss")):
+            self.history.best_epoch, self.best = len(self.history.rows) - 1, self._learnt()
+        if self.folder is None:
+            return
+        part, earlier = self.folder / "part", list(self.folder.glob("epoch-*"))
+        try:
+            self.accelerator.save_state(str(part))
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                (part / "made_by.txt").write_text(self.made_by, encoding="utf-8")
+                part.rename(self.folder / f"epoch-{len(self.history.rows):04}")
+                for epoch in earlier:
+                    shutil.rmtree(epoch, ignore_errors=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise MmkitError(
+                f"The state of the training cannot be written to {self.folder} ({error}); the last one is kept. "
+                "Remedy: free space on its disk, and run the same again: it goes on from there."
+            ) from None
+
+    # what `register_for_checkpointing` asks for
+    def state_dict(self) -> dict:
+        return {"rows": self.history.rows, "best_epoch": self.history.best_epoch, "best": self.best}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.history.rows[:], self.history.best_epoch, self.best = state["rows"], state["best_epoch"], state["best"]

@@ -1,8 +1,6 @@
 import pytest
 import torch
 
-from mmkit import draw_scenes, extract_features, load_captions, load_encoders
-
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
@@ -18,20 +16,35 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def scenes_folder(tmp_path_factory):
+    from mmkit.scenes import draw_scenes
+
     return draw_scenes(tmp_path_factory.mktemp("drawn") / "scenes", 60)
 
 
 @pytest.fixture(scope="session")
 def dataset(scenes_folder):
     """60 scenes, without the six new combinations."""
+    from mmkit.data import load_captions
+
     return load_captions(scenes_folder).select(range(60))
 
 
 @pytest.fixture(scope="session")
 def encoders():
+    from mmkit.encoders import load_encoders
+
     return load_encoders(device="cpu")
 
 
 @pytest.fixture(scope="session")
-def store(dataset, encoders, tmp_path_factory):
-    return extract_features(dataset, encoders, tmp_path_factory.mktemp("cache"), precision="float32")
+def cache(tmp_path_factory):
+    """One cache of features for all tests that only read from it."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def features(dataset, encoders, cache):
+    """Of the 60 scenes, with grids and tokens."""
+    from mmkit.features import extract_features
+
+    return extract_features(dataset, encoders, cache, "float32", grids=True, tokens=True)

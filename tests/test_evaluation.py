@@ -1,56 +1,51 @@
-"""Figures of the reports against brute force, hand counts and scikit-learn."""
+"""Figures of the reports against brute force, hand counts, scikit-learn and scipy."""
 
 import itertools
-import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmkit
-from mmkit import (
-    MmkitError,
-    MultimodalFeatureFuser,
-    MultimodalGNN,
-    PairedFeatures,
-    best_threshold,
-    choose_thresholds,
-    matching_logits,
-    matching_report,
-    negative_pairs,
-    noise_recall,
-    ranks,
-    report_json,
-    retrieval_report,
-)
-from mmkit.evaluation import ranked
-from mmkit.fusers import PairFuser
-from mmkit.metrics import bootstrap, mean_and_deviation, retrieval_intervals
+from mmkit import evaluation
+from mmkit.__main__ import folds_report
+from mmkit.evaluation import best_threshold, bootstrap, choose_thresholds, matching_report, ranks, retrieval_report
+from mmkit.features import PairedFeatures
+from mmkit.fusers import MultimodalFeatureFuser, PairFuser
+from mmkit.graphs import MultimodalGNN
+from mmkit.regions import RegionWordGNN
+from mmkit.support import MmkitError
 
-IMAGE_DIM, TEXT_DIM = 6, 5
+THRESHOLDS = {"random": 0.3, "hard": -0.2}
+BOTH = pytest.mark.parametrize("kind", [MultimodalFeatureFuser, MultimodalGNN], ids=["mlp", "gnn"])
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def random_features(images: int = 12, captions: int = 30, seed: int = 0) -> PairedFeatures:
+def pairs(images: int = 12, captions: int = 30, seed: int = 0) -> PairedFeatures:
     """Each image has at least one caption, and the captions' order does not follow the images'."""
     generator = torch.Generator().manual_seed(seed)
-    owner = torch.cat([torch.arange(images), torch.randint(images, (captions - images,), generator=generator)])
-    owner = owner[torch.randperm(captions, generator=generator)]
-    return PairedFeatures.from_arrays(
-        random(images, IMAGE_DIM, seed=seed), random(captions, TEXT_DIM, seed=seed), owner
-    )
+    image_index = torch.cat([torch.arange(images), torch.randint(images, (captions - images,), generator=generator)])
+    image_index = image_index[torch.randperm(captions, generator=generator)]
+    tokens = random(captions, 3, 5, seed=seed + 1)
+    tokens[::2, 2] = 0
+    vectors, texts = random(images, 6, seed=seed), random(captions, 5, seed=seed)
+    return PairedFeatures.from_arrays(vectors, texts, image_index, random(images, 4, 6), tokens)
 
 
 def random_fuser(kind: type[PairFuser] = MultimodalFeatureFuser) -> PairFuser:
+    """One whose cheap scores and match logits rank differently, for its weights are off their start."""
     torch.manual_seed(0)
-    fuser = kind(IMAGE_DIM, TEXT_DIM, 8)
-    torch.nn.init.normal_(fuser.match_head.weight)
+    fuser = kind(6, 5, width=8) if kind is RegionWordGNN else kind(6, 5, 8)
+    with torch.no_grad():
+        for parameter in fuser.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
     return fuser.eval()
 
 
@@ -61,374 +56,266 @@ def constant_fuser(logit: float = 0.25) -> PairFuser:
     return fuser
 
 
-BOTH = pytest.mark.parametrize("kind", [MultimodalFeatureFuser, MultimodalGNN], ids=["mlp", "gnn"])
+def all_scores(fuser: PairFuser, features: PairedFeatures) -> Tensor:
+    view = fuser.view(features)
+    return fuser.score(view.images(), view.captions()).detach()
 
 
-# --- negatives -----------------------------------------------------------------------------------
+# --- matching --------------------------------------------------------------------------------------
 
 
 def test_random_negatives_are_another_image_and_every_other_one_is_as_likely():
-    owner = torch.arange(4).repeat(300)
-    features = PairedFeatures.from_arrays(random(4, IMAGE_DIM), random(1200, TEXT_DIM), owner)
-    images, captions = negative_pairs(features, "random", seed=1)
+    image_index = torch.arange(4).repeat(300)
+    features = PairedFeatures.from_arrays(random(4, 6), random(1200, 5), image_index)
+    images, captions = mmkit.negative_pairs(features, "random", seed=1)
     assert captions.tolist() == list(range(1200))
-    for own in range(4):
-        counts = images[owner == own].bincount(minlength=4)
-        assert counts[own] == 0
-        assert all(100 - 50 < counts[other] < 100 + 50 for other in range(4) if other != own)  # six deviations
+    for image in range(4):
+        counts = images[image_index == image].bincount(minlength=4).tolist()
+        assert counts[image] == 0 and all(50 < count < 150 for count in counts[:image] + counts[image + 1 :])
+    again, other = (mmkit.negative_pairs(features, "random", seed)[0] for seed in (1, 2))
+    assert torch.equal(images, again) and not torch.equal(images, other)
 
 
-def test_random_negatives_follow_the_seed():
-    features = random_features()
-    first, again, other = (negative_pairs(features, "random", seed)[0] for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-
-
-@pytest.mark.parametrize("chunk", [7, 4096])
-def test_hard_negatives_are_the_nearest_caption_of_another_image(chunk, monkeypatch):
-    monkeypatch.setattr(mmkit.evaluation, "_CHUNK", chunk)
-    features = random_features()
-    texts, owner = features.captions(), features.owner.tolist()
-    images, captions = negative_pairs(features, "hard")
-    assert images.tolist() == owner
-    for j, found in enumerate(captions.tolist()):
-        others = [i for i in range(len(owner)) if owner[i] != owner[j]]
-        assert found == max(others, key=lambda i: F.cosine_similarity(texts[i], texts[j], dim=0).item())
-
-
-def test_negatives_that_cannot_be_are_refused():
-    with pytest.raises(MmkitError, match=r"'hardest'.*random, hard"):
-        negative_pairs(random_features(), "hardest")
-    alone = PairedFeatures.from_arrays(random(1, IMAGE_DIM), random(3, TEXT_DIM), [0, 0, 0])
-    for kind in ("random", "hard"):
-        with pytest.raises(MmkitError, match="at least two images"):
-            negative_pairs(alone, kind)
-
-
-# --- matching ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("block", [7, 4096])
+def test_hard_negatives_are_the_nearest_caption_of_another_image(block, monkeypatch):
+    monkeypatch.setattr(evaluation, "_VECTORS", block)
+    features = pairs()
+    texts, image_index = features.captions(), features.image_index.tolist()
+    images, captions = mmkit.negative_pairs(features, "hard")
+    assert images.tolist() == image_index
+    for caption, nearest in enumerate(captions.tolist()):
+        others = [other for other in range(30) if image_index[other] != image_index[caption]]
+        assert nearest == max(others, key=lambda i: F.cosine_similarity(texts[i], texts[caption], dim=0).item())
 
 
 @BOTH
 @pytest.mark.parametrize("negatives", ["random", "hard"])
-@pytest.mark.parametrize("chunk", [7, 4096])
-def test_matching_logits_are_the_scores_of_the_true_and_the_unmatched_pairs(kind, negatives, chunk, monkeypatch):
-    monkeypatch.setattr(mmkit.evaluation, "_CHUNK", chunk)
-    fuser, features = random_fuser(kind), random_features()
-    logits, labels = matching_logits(fuser.train(), features, negatives, seed=3)
-    scores = fuser.eval().score(features.images(), features.captions()).detach()
-    images, captions = negative_pairs(features, negatives, seed=3)
-    expected = torch.cat([scores[features.owner, torch.arange(30)], scores[images, captions]])
+@pytest.mark.parametrize("block", [7, 4096])
+def test_matching_logits_are_the_scores_of_the_true_and_the_unmatched_pairs(kind, negatives, block, monkeypatch):
+    monkeypatch.setattr(evaluation, "_PAIRS", block)
+    fuser, features = random_fuser(kind), pairs()
+    logits, labels = mmkit.matching_logits(fuser.train(), features, negatives, seed=3)
+    scores, (images, captions) = all_scores(fuser.eval(), features), mmkit.negative_pairs(features, negatives, seed=3)
+    expected = torch.cat([scores[features.image_index, torch.arange(30)], scores[images, captions]])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert labels.tolist() == [1] * 30 + [0] * 30
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_the_best_threshold_is_as_accurate_as_any_cut(seed):
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_threshold_lies_halfway_between_two_logits_and_is_as_accurate_as_any_other(seed):
     generator = torch.Generator().manual_seed(seed)
     size = int(torch.randint(1, 25, (), generator=generator))
     labels = torch.randint(2, (size,), generator=generator)
     logits = torch.randint(8, (size,), generator=generator) / 2 + labels * (seed % 3)  # many ties
-    if seed % 5 == 0:
-        logits = -logits
+    logits = -logits if seed % 5 == 0 else logits
     values = sorted(set(logits.tolist()))
-    cuts = [values[0] - 1, *((a + b) / 2 for a, b in itertools.pairwise(values)), values[-1] + 1]
-
-    def accuracy(cut: float) -> float:
-        return sum((x > cut) == bool(y) for x, y in zip(logits.tolist(), labels.tolist(), strict=True)) / size
-
-    threshold = best_threshold(logits, labels)
-    assert accuracy(threshold) == max(accuracy(cut) for cut in cuts)
-    assert any(abs(threshold - cut) <= 0.5 for cut in cuts) and threshold not in values
-
-
-def test_the_best_threshold_lies_halfway_between_two_neighbours():
-    assert best_threshold(torch.tensor([3.0, 1.0, 8.0, 2.0]), torch.tensor([0, 0, 1, 0])) == 5.5
-    assert best_threshold(torch.tensor([1.0, 2.0]), torch.tensor([1, 1])) < 1
-    assert best_threshold(torch.tensor([1.0, 2.0]), torch.tensor([0, 0])) > 2
-    assert best_threshold(torch.zeros(4), torch.tensor([1, 0, 1, 1])) < 0
+    cuts = [values[0] - 0.5, *((a + b) / 2 for a, b in itertools.pairwise(values)), values[-1] + 0.5]
+    accuracies = {cut: ((logits > cut) == labels).double().mean() for cut in cuts}
+    assert accuracies[best_threshold(logits, labels)] == max(accuracies.values())
 
 
 @BOTH
 def test_the_matching_report_agrees_with_scikit_learn(kind):
-    fuser, features = random_fuser(kind), random_features()
-    thresholds = {"random": 0.3, "hard": -0.2}
-    report = matching_report(fuser, features, thresholds, seed=2)
-    assert report.keys() == {"random", "hard"}
+    fuser, features = random_fuser(kind), pairs()
+    report = matching_report(fuser, features, THRESHOLDS, seed=2)
+    assert report.keys() == THRESHOLDS.keys()
     for negatives, row in report.items():
-        logits, labels = (part.numpy() for part in matching_logits(fuser, features, negatives, seed=2))
-        called = logits > thresholds[negatives]
+        logits, labels = (part.numpy() for part in mmkit.matching_logits(fuser, features, negatives, seed=2))
+        called = logits > THRESHOLDS[negatives]
         assert 0 < called.sum() < len(called)
         assert row.accuracy == pytest.approx(accuracy_score(labels, called))
         assert row.f1 == pytest.approx(f1_score(labels, called))
         assert row.roc_auc == pytest.approx(roc_auc_score(labels, logits))
         assert row.average_precision == pytest.approx(average_precision_score(labels, logits))
-        above = [(a > b) + (a == b) / 2 for a in logits[labels == 1] for b in logits[labels == 0]]
-        assert row.roc_auc == pytest.approx(sum(above) / len(above))
-        hits, calls = (called & (labels == 1)).sum(), called.sum()
-        assert row.f1 == pytest.approx(2 * hits / (calls + 30))
-        assert (row.negatives, row.threshold, row.pairs, row.pool) == (negatives, thresholds[negatives], 60, (12, 30))
+        assert row.pairs == 60
+        correct = (called == labels).reshape(2, 30).sum(axis=0)
+        sums = np.bincount(features.image_index, correct, 12)
+        assert row.intervals == {"accuracy": bootstrap(sums, 2 * features.image_index.bincount(), seed=2)}
+        assert row.intervals["accuracy"].low < row.accuracy < row.intervals["accuracy"].high
 
 
 def test_the_threshold_comes_from_the_validation_split_alone():
-    fuser, validation, test = random_fuser(), random_features(seed=1), random_features(seed=2)
+    fuser, validation, test = random_fuser(), pairs(seed=1), pairs(seed=2)
     thresholds = choose_thresholds(fuser, validation, seed=4)
+    report = matching_report(fuser, test, thresholds, seed=4)
     for kind, threshold in thresholds.items():
-        assert threshold == best_threshold(*matching_logits(fuser, validation, kind, seed=4))
-        logits, labels = matching_logits(fuser, test, kind, seed=4)
-        at_validations = accuracy_score(labels, logits > threshold)
-        at_its_own = accuracy_score(labels, logits > best_threshold(logits, labels))
-        assert at_validations < at_its_own
-        row = matching_report(fuser, test, thresholds, seed=4)[kind]
-        assert row.accuracy == pytest.approx(at_validations) and row.threshold == threshold
+        assert threshold == best_threshold(*mmkit.matching_logits(fuser, validation, kind, seed=4))
+        logits, labels = mmkit.matching_logits(fuser, test, kind, seed=4)
+        given, own = (accuracy_score(labels, logits > cut) for cut in (threshold, best_threshold(logits, labels)))
+        assert report[kind].accuracy == pytest.approx(given) and given < own
 
 
-def test_a_threshold_between_two_neighbouring_floats_still_parts_them(monkeypatch):
-    low = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
-    high = torch.nextafter(low, torch.tensor(2.0))
-    logits, labels = torch.stack([high, high, low, low]), torch.tensor([1, 1, 0, 0])
-    monkeypatch.setattr(mmkit.evaluation, "matching_logits", lambda *_: (logits, labels))
-    report = matching_report(random_fuser(), random_features(2, 2), {"random": best_threshold(logits, labels)})
-    assert report["random"].accuracy == 1
+def test_ties_and_thresholds_between_neighbouring_floats(monkeypatch):
+    logits, labels = torch.tensor([3.0, 2.0, 2.0, 1.0, 2.0, 1.0]), torch.tensor([1, 1, 1, 0, 0, 0])
+    monkeypatch.setattr(evaluation, "matching_logits", lambda *_: (logits, labels))
+    row = matching_report(random_fuser(), pairs(3, 3), {"random": 2.0})["random"]
+    assert row.average_precision == pytest.approx(1 / 3 * 1 + 2 / 3 * 3 / 4), "tied pairs are called together"
+    assert row.roc_auc == pytest.approx((3 + 2 * 2.5) / 9), "and count half here"
+    assert row.accuracy == pytest.approx(4 / 6) and row.f1 == pytest.approx(1 / 2), "on the threshold: unmatched"
+    logits, labels = 1 + torch.tensor([2.0**-22, 2.0**-22, 2.0**-23, 2.0**-23]), torch.tensor([1, 1, 0, 0])
+    assert matching_report(random_fuser(), pairs(2, 2), {"hard": best_threshold(logits, labels)})["hard"].accuracy == 1
 
 
-def test_a_constant_fuser_scores_as_the_constants_do():
-    fuser, features = constant_fuser(), random_features()
-    always = matching_report(fuser, features, choose_thresholds(fuser, features))
-    never = matching_report(fuser, features, {"random": 1.0, "hard": 1.0})
-    for kind in ("random", "hard"):
-        assert always[kind].roc_auc == never[kind].roc_auc == 0.5
-        assert always[kind].accuracy == never[kind].accuracy == 0.5
-        assert always[kind].f1 == pytest.approx(2 / 3) and never[kind].f1 == 0
+# --- retrieval -------------------------------------------------------------------------------------
 
 
-def test_a_fuser_whose_logits_are_nan_is_refused():
-    fuser, features = random_fuser(), random_features()
-    torch.nn.init.constant_(fuser.match_head.bias, float("nan"))
-    with pytest.raises(MmkitError, match="NaN"):
-        matching_report(fuser, features, {"random": 0.0})
-    with pytest.raises(MmkitError, match="NaN"):
-        retrieval_report(fuser, features)
-
-
-# --- retrieval -----------------------------------------------------------------------------------
-
-
-def brute_force_ranks(scores: list[list[float]], owner: list[int]) -> tuple[list[int], list[int]]:
+def sorted_ranks(scores: Tensor, image_index: Tensor) -> tuple[list[int], list[int]]:
     """Sort, with true matches after all others of the same score, and look for the first true one."""
-    n, m = len(scores), len(owner)
+    scores, image_index = scores.tolist(), image_index.tolist()
     image_ranks, caption_ranks = [], []
-    for i in range(n):
-        order = sorted(range(m), key=lambda j: (-scores[i][j], owner[j] == i))
-        image_ranks.append(next((place for place, j in enumerate(order, 1) if owner[j] == i), m + 1))
-    for j in range(m):
-        order = sorted(range(n), key=lambda i: (-scores[i][j], owner[j] == i))
-        caption_ranks.append(order.index(owner[j]) + 1)
+    for i, row in enumerate(scores):
+        order = sorted(range(len(row)), key=lambda j: (-row[j], image_index[j] == i))
+        image_ranks.append(next((place for place, j in enumerate(order, 1) if image_index[j] == i), len(row) + 1))
+    for j, image in enumerate(image_index):
+        order = sorted(range(len(scores)), key=lambda i: (-scores[i][j], i == image))
+        caption_ranks.append(order.index(image) + 1)
     return image_ranks, caption_ranks
 
 
-@pytest.mark.parametrize("levels", [2, 5, None], ids=["two levels", "five levels", "no ties"])
-@pytest.mark.parametrize("seed", range(5))
-def test_ranks_equal_a_sort_with_ties_against_the_model(levels, seed):
-    scores, owner = random(9, 20, seed=seed), random_features(9, 20, seed=seed).owner
-    if levels:
-        scores = torch.randint(levels, (9, 20), generator=torch.Generator().manual_seed(seed)).float()
-    found = ranks(scores, owner)
-    expected = brute_force_ranks(scores.tolist(), owner.tolist())
-    assert tuple(part.tolist() for part in found) == expected
+def assert_counts(report: evaluation.Retrieval, image_ranks: list[int], caption_ranks: list[int]) -> None:
+    """That the recalls and median ranks are those of these ranks."""
+    both = report.image_to_text, report.text_to_image
+    for recall, places in zip(both, (image_ranks, caption_ranks), strict=True):
+        expected = [*(np.mean([place <= k for place in places]) for k in (1, 5, 10)), np.median(places)]
+        assert list(vars(recall).values()) == pytest.approx(expected)
+    assert report.rsum == pytest.approx(100 * sum(recall.r1 + recall.r5 + recall.r10 for recall in both))
 
 
-def test_an_image_without_captions_ranks_below_all():
-    scores, owner = random(3, 4), torch.tensor([0, 0, 2, 2])
-    assert ranks(scores, owner)[0].tolist() == brute_force_ranks(scores.tolist(), owner.tolist())[0]
-    assert ranks(scores, owner)[0][1] == 5
-
-
-def test_ranks_of_a_pool_larger_than_one_block():
-    n = 4200
-    assert n * n > 2**24
-    place = torch.arange(n) % 11
-    distance = (torch.arange(n) - torch.arange(n)[:, None] + place[:, None]) % n
-    image_ranks, caption_ranks = ranks(-distance.float(), torch.arange(n))
-    assert torch.equal(image_ranks, place + 1)
-    for j in (0, 5, 3999, n - 1):
-        assert caption_ranks[j] == 1 + (distance[:, j] < place[j]).sum() + (distance[:, j] == place[j]).sum() - 1
-
-
-def test_equal_scores_put_the_true_match_last():
-    image_ranks, caption_ranks = ranks(torch.zeros(3, 6), torch.tensor([0, 0, 1, 1, 2, 2]))
-    assert image_ranks.tolist() == [5] * 3 and caption_ranks.tolist() == [3] * 6
-    found = retrieval_report(constant_fuser(), random_features(40, 80))
-    assert (found.image_to_text.r10, found.text_to_image.r10, found.rsum) == (0, 0, 0)
-    assert found.text_to_image.median_rank == 40
-
-
-def test_scores_that_cannot_be_ranked_are_refused():
-    scores = torch.zeros(2, 3)
-    with pytest.raises(MmkitError, match="3 columns for 4 captions"):
-        ranks(scores, torch.tensor([0, 0, 1, 1]))
-    scores[1, 2] = float("nan")
-    with pytest.raises(MmkitError, match="NaN"):
-        ranks(scores, torch.tensor([0, 1, 1]))
-
-
-def test_a_perfect_fuser_finds_everything():
-    torch.manual_seed(0)
-    fuser = MultimodalFeatureFuser(IMAGE_DIM, IMAGE_DIM, IMAGE_DIM)
-    for projection in (fuser.project_images, fuser.project_texts):
-        torch.nn.init.eye_(projection.weight)
-        torch.nn.init.zeros_(projection.bias)
-    images, owner = random(30, IMAGE_DIM), torch.arange(60) % 30
-    features = PairedFeatures.from_arrays(images, 3 * images[owner], owner)
-    found = retrieval_report(fuser.train(), features)
-    for recall in (found.image_to_text, found.text_to_image):
-        assert (recall.r1, recall.r5, recall.r10, recall.median_rank) == (1, 1, 1, 1)
-    assert found.rsum == 600 and found.pool == (30, 60)
-    assert matching_report(fuser, features, choose_thresholds(fuser, features))["hard"].accuracy == 1
+@pytest.mark.parametrize("levels", [1, 2, 5, 0], ids=["all equal", "two levels", "five levels", "no ties"])
+@pytest.mark.parametrize("block", [1, 50, 2**22])
+def test_ranks_equal_a_sort_with_ties_against_the_model(levels, block, monkeypatch):
+    monkeypatch.setattr(evaluation, "_BLOCK", block)
+    for seed in range(3):
+        scores, image_index = random(9, 20, seed=seed), pairs(8, 20, seed).image_index  # the last image has no caption
+        if levels:
+            scores = torch.randint(levels, (9, 20), generator=torch.Generator().manual_seed(seed)).float()
+        assert tuple(part.tolist() for part in ranks(scores, image_index)) == sorted_ranks(scores, image_index)
 
 
 @BOTH
-def test_the_retrieval_report_counts_the_ranks_of_the_scores(kind):
-    fuser, features = random_fuser(kind), random_features(25, 60)
-    scores = fuser.score(features.images(), features.captions())
-    found = retrieval_report(fuser, features)
-    by_hand = brute_force_ranks(scores.tolist(), features.owner.tolist())
-    recalls = []
-    for recall, places in zip((found.image_to_text, found.text_to_image), by_hand, strict=True):
-        expected = [sum(place <= k for place in places) / len(places) for k in (1, 5, 10)]
-        assert [recall.r1, recall.r5, recall.r10] == pytest.approx(expected)
-        middle = sorted(places)[(len(places) - 1) // 2 : len(places) // 2 + 1]
-        assert recall.median_rank == sum(middle) / len(middle)
-        recalls += expected
-    assert 0 < sum(recalls) < 6 and found.rsum == pytest.approx(100 * sum(recalls))
+@pytest.mark.parametrize("images", [1, 7, 24, 25])
+def test_the_retrieval_report_counts_the_ranks_of_all_scores_of_which_a_block_is_held(kind, images, monkeypatch):
+    monkeypatch.setattr(evaluation, "_BLOCK", 60 * images)
+    fuser, features, blocks, score_nodes = random_fuser(kind), pairs(25, 60), [], kind.score_nodes
+    by_hand = sorted_ranks(all_scores(fuser, features), features.image_index)
+    monkeypatch.setattr(kind, "score_nodes", lambda *nodes: blocks.append(score_nodes(*nodes)) or blocks[-1])
+    report = retrieval_report(fuser.train(), features)
+    assert max(block.numel() for block in blocks) == 60 * (25 if fuser.transductive else images)
+    assert_counts(report, *by_hand)
+    assert 0 < report.rsum < 600 and report.pool == (25, 60)
+    monkeypatch.undo()
+    constant = retrieval_report(constant_fuser(), features).text_to_image
+    assert (constant.r10, constant.median_rank) == (0, 25), "ties go against the fuser, whatever the block"
+
+
+def shortlisted(cheap: Tensor, logits: Tensor, true: Tensor, size: int) -> int:
+    """The definition: the shortlist in the order of the logits, then the others in that of the cheap score."""
+    order = cheap.argsort(descending=True).tolist()
+    order = sorted(order[:size], key=lambda item: -logits[item].item()) + order[size:]
+    first = min(order.index(item) for item in true.nonzero().flatten().tolist())
+    return 1 + sum(not true[item] for item in order[:first])
+
+
+@pytest.mark.parametrize("kind", [MultimodalFeatureFuser, RegionWordGNN], ids=["mlp", "region-word"])
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_the_shortlist_is_ranked_by_logits_and_the_rest_by_the_cheap_score(kind, size):
+    fuser, features = random_fuser(kind), pairs(24, 40)
+    pool, logits = mmkit.encode_pool(fuser, features), all_scores(fuser, features)
+    cheap, image_index = fuser.shortlist_scores(pool.image_nodes, pool.text_nodes), features.image_index
+    assert not torch.equal(cheap.argmax(dim=1), logits.argmax(dim=1)), "or the order would not matter"
+    report = retrieval_report(fuser, features, size, pool)
+    images = [shortlisted(cheap[i], logits[i], image_index == i, size) for i in range(24)]
+    captions = [shortlisted(cheap[:, j], logits[:, j], torch.arange(24) == i, size) for j, i in enumerate(image_index)]
+    assert_counts(report, images, captions)
+    for large in (40, 1000):
+        assert retrieval_report(fuser, features, large) == retrieval_report(fuser, features) != report
+
+
+def test_folds_are_neighbours_and_their_mean_is_reported():
+    fuser, features = random_fuser(), pairs(23, 60)
+    parts = [range(0, 5), range(5, 10), range(10, 15), range(15, 19), range(19, 23)]
+    for shortlist in (0, 1):
+        folds = folds_report(fuser, features, 5, shortlist)
+        reports = [mmkit.retrieval_report(fuser, features.select(part), shortlist) for part in parts]
+        assert folds["rsum"] == pytest.approx(np.mean([report.rsum for report in reports]))
+        assert folds["text_to_image"]["r5"] == np.mean([report.text_to_image.r5 for report in reports])
+        assert folds["image_to_text"]["median_rank"] == np.mean([one.image_to_text.median_rank for one in reports])
+    for count in (1, 12):
+        with pytest.raises(mmkit.MmkitError, match=f"{count} folds of 23 images"):
+            folds_report(fuser, features, count, 0)
+
+
+# --- how sure a figure is --------------------------------------------------------------------------
+
+
+def test_the_interval_is_scipys_percentile_interval_and_as_wide_as_theory_says():
+    answers = np.random.default_rng(1).random(400) < 0.8
+    rng = np.random.default_rng(5)
+    theirs = stats.bootstrap((answers.astype(float),), np.mean, method="percentile", n_resamples=1000, rng=rng)
+    ours = bootstrap(answers, np.ones(400), seed=5)
+    assert ours == pytest.approx(tuple(theirs.confidence_interval), abs=1e-12)
+    assert ours.high - ours.low == pytest.approx(2 * 1.96 * (0.16 / 400) ** 0.5, rel=0.1)
+    assert ours == bootstrap(5 * answers, np.full(400, 5), seed=5), "five captions that agree tell no more than one"
+    assert ours != bootstrap(answers, np.ones(400), seed=6)
+
+
+def test_images_without_captions_do_not_disturb_an_interval_and_one_image_has_none():
+    assert bootstrap([1, 0, 0, 0], [1, 1, 0, 0], seed=1) == (0, 1)
+    assert bootstrap([4, 4, 4], [4, 4, 4]) == (1, 1)
+    bare = PairedFeatures.from_arrays(random(3, 6), random(2, 5), [0, 2])
+    assert not np.isnan(list(retrieval_report(random_fuser(), bare).intervals.values())).any()
+    assert retrieval_report(random_fuser(), ALONE).intervals == {}
+
+
+def test_the_intervals_of_the_recalls_draw_captions_with_their_images():
+    fuser, features = random_fuser(), pairs(40, 100)
+    report, both = retrieval_report(fuser, features), ranks(all_scores(fuser, features), features.image_index)
+    captions_of = [np.flatnonzero(features.image_index == image) for image in range(40)]
+    figures = []
+    for drawn in np.random.default_rng(0).integers(40, size=(1000, 40)):
+        places = both[0][drawn], both[1][np.concatenate([captions_of[image] for image in drawn])]
+        recalls = [(part <= k).double().mean().item() for part in places for k in (1, 5, 10)]
+        figures.append([*recalls, 100 * sum(recalls)])
+    assert list(report.intervals)[2:] == ["image_to_text.r10", *(f"text_to_image.r{k}" for k in (1, 5, 10)), "rsum"]
+    for interval, column in zip(report.intervals.values(), np.transpose(figures), strict=True):
+        assert interval == pytest.approx(np.quantile(column, [0.025, 0.975])) and interval.low < interval.high
 
 
 @BOTH
-@pytest.mark.parametrize("block", [1, 7, 24, 25, None])
-def test_ranks_of_a_fuser_in_blocks_are_those_of_all_its_scores(kind, block):
-    fuser, features = random_fuser(kind), random_features(25, 60)
-    scores = fuser.score(features.images(), features.captions())
-    found = ranked(fuser.train(), features, block)
-    assert all(torch.equal(part, other) for part, other in zip(found, ranks(scores, features.owner), strict=True))
-    assert [part.shape for part in found] == [(25,), (60,)]
+def test_a_pool_gives_every_figure_and_its_nodes_are_encoded_once(kind, monkeypatch):
+    fuser, features, calls, nodes = random_fuser(kind), pairs(), [], kind.nodes
+    expected = [matching_report(fuser, features, THRESHOLDS), *(retrieval_report(fuser, features, k) for k in (0, 2))]
+    monkeypatch.setattr(kind, "nodes", lambda *given: calls.append(given) or nodes(*given))
+    once = 1 if fuser.transductive else 2  # the whole pool, or images and then captions
+    pool = mmkit.encode_pool(fuser.train(), features)
+    report = [retrieval_report(fuser, features, k, pool) for k in (0, 2)]
+    assert [matching_report(fuser, features, THRESHOLDS, pool=pool), *report] == expected
+    assert len(calls) == once and not fuser.training
+    for report in (choose_thresholds, lambda *given: matching_report(*given, THRESHOLDS)):
+        calls.clear()
+        report(fuser, features)
+        assert len(calls) == once, "once for both kinds of negatives"
+    larger = mmkit.encode_pool(fuser, features, pairs(12, 13, seed=1))  # further captions are seen, and not ranked
+    assert (len(larger.text_nodes), retrieval_report(fuser, features, pool=larger).pool) == (43, (12, 30))
 
 
-def test_ties_go_against_the_fuser_whatever_the_block():
-    features = random_features(40, 80)
-    whole = ranked(constant_fuser(), features)
-    assert torch.equal(whole[0], 81 - features.owner.bincount()) and whole[1].tolist() == [40] * 80
-    for part, other in zip(ranked(constant_fuser(), features, block=9), whole, strict=True):
-        assert torch.equal(part, other)
+ALONE = PairedFeatures.from_arrays(random(1, 6), random(3, 5), [0, 0, 0])
+WRONG = {
+    "no such negatives": (lambda: mmkit.negative_pairs(pairs(), "hardest"), r"'hardest'.*random, hard"),
+    "no other image": (lambda: mmkit.negative_pairs(ALONE, "random"), "at least two images"),
+    "columns": (lambda: ranks(torch.zeros(2, 3), torch.tensor([0, 0, 1, 1])), "3 columns for 4 captions"),
+    "sizes": (lambda: retrieval_report(MultimodalFeatureFuser(7, 5, 8), pairs()), r"\(7, 5\).*\(12, 6\).*\(1, 5\)"),
+    "NaN, matching": (lambda: matching_report(constant_fuser(torch.nan), pairs(), THRESHOLDS), "NaN"),
+    "NaN, retrieval": (lambda: retrieval_report(constant_fuser(torch.nan), pairs()), "NaN"),
+    "NaN, shortlist": (lambda: retrieval_report(constant_fuser(torch.nan), pairs(), 3), "NaN"),
+    "no shortlist": (lambda: retrieval_report(random_fuser(), pairs(), -1), "at least one"),
+    "one image": (lambda: bootstrap(np.ones(1), np.ones(1)), "two images or more"),
+    "other images": (lambda: bootstrap(np.ones(2), np.ones(3)), "two images or more"),
+    "no pairs": (lambda: bootstrap(np.zeros(2), np.zeros(2)), "two images or more"),
+}
 
 
-class _Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor that an operation gives."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
-        given = operation(*arguments, **(keywords or {}))
-        for part in given if isinstance(given, (tuple, list)) else [given]:
-            if isinstance(part, Tensor):
-                self.numel = max(self.numel, part.numel())
-        return given
-
-
-def test_a_large_pool_is_ranked_without_all_its_scores(monkeypatch):
-    monkeypatch.setattr(mmkit.fusers, "_BLOCK", 2**14)
-    monkeypatch.setattr(mmkit.metrics, "_BLOCK", 2**14)
-    fuser, features = random_fuser(), random_features(300, 1500)
-    with _Largest() as seen:
-        found = ranked(fuser, features)
-    assert seen.numel <= 2**14 < 300 * 1500 / 20
-    scores = fuser.score(features.images(), features.captions())
-    for part, other in zip(found, ranks(scores, features.owner), strict=True):
-        assert torch.equal(part, other)
-    with _Largest() as seen, torch.no_grad():
-        fuser.score(features.images(), features.captions())
-    assert seen.numel == 300 * 1500
-
-
-def test_the_reports_carry_intervals_over_images():
-    fuser, features = random_fuser(), random_features(25, 60)
-    torch.nn.init.normal_(fuser.concatenation[0].weight)
-    thresholds = {"random": 0.3, "hard": -0.2}
-    for kind, row in matching_report(fuser, features, thresholds, seed=2).items():
-        logits, labels = matching_logits(fuser, features, kind, seed=2)
-        correct = ((logits > thresholds[kind]) == labels.bool()).view(2, 60).sum(dim=0)
-        sums = [correct[features.owner == image].sum() for image in range(25)]
-        counts = 2 * features.owner.bincount()
-        assert row.intervals == {"accuracy": bootstrap(torch.tensor(sums), counts, seed=2)}
-        assert row.intervals["accuracy"].low < row.accuracy < row.intervals["accuracy"].high
-    found = retrieval_report(fuser, features)
-    assert found.intervals == retrieval_intervals(*ranked(fuser, features), features.owner)
-    assert found.intervals["rsum"].low < found.rsum < found.intervals["rsum"].high
-    low, high = found.intervals["text_to_image.r10"]
-    assert low < found.text_to_image.r10 < high
-    alone = PairedFeatures.from_arrays(random(1, IMAGE_DIM), random(3, TEXT_DIM), [0, 0, 0])
-    assert retrieval_report(fuser, alone).intervals == {}
-
-
-def test_average_precision_calls_tied_pairs_together(monkeypatch):
-    logits, labels = torch.tensor([3.0, 2.0, 2.0, 1.0, 2.0, 1.0]), torch.tensor([1, 1, 1, 0, 0, 0])
-    monkeypatch.setattr(mmkit.evaluation, "matching_logits", lambda *_: (logits, labels))
-    row = matching_report(random_fuser(), random_features(3, 3), {"random": 2.0})["random"]
-    assert row.average_precision == pytest.approx(1 / 3 * 1 + 2 / 3 * 3 / 4)
-    assert row.roc_auc == pytest.approx((3 + 2 * 2.5) / 9)
-    assert row.accuracy == pytest.approx(4 / 6) and row.f1 == pytest.approx(1 / 2)  # on the threshold: unmatched
-
-
-def test_reports_of_several_seeds_have_a_mean_and_a_deviation():
-    features = random_features()
-    reports = [
-        report_json(features, matching_report(fuser, features, {"random": 0.0}), retrieval_report(fuser, features))
-        for fuser in (random_fuser(), constant_fuser())
-    ]
-    found = mean_and_deviation(reports)
-    accuracies = [report["matching"]["random"]["accuracy"] for report in reports]
-    assert found["matching"]["random"]["accuracy"] == pytest.approx(
-        (sum(accuracies) / 2, abs(accuracies[0] - accuracies[1]) / 2**0.5)
-    )
-    assert found["sizes"]["images"] == (12, 0)
-
-
-def test_the_json_report_holds_sizes_and_fractions_of_both_tasks():
-    fuser, features = random_fuser(), random_features()
-    matching, retrieval = (
-        matching_report(fuser, features, {"random": 0.0, "hard": 0.0}),
-        retrieval_report(fuser, features),
-    )
-    report = report_json(features, matching, retrieval)
-    assert report["sizes"] == {"images": 12, "captions": 30}
-    assert report["matching"].keys() == {"random", "hard"}
-    assert report["matching"]["hard"]["f1"] == matching["hard"].f1
-    assert report["matching"]["random"].keys() >= {"accuracy", "f1", "roc_auc"}
-    assert report["retrieval"]["image_to_text"]["r5"] == retrieval.image_to_text.r5
-    assert report["retrieval"]["text_to_image"].keys() >= {"r1", "r5", "r10"}
-    assert report["rsum"] == retrieval.rsum
-    assert report["constants"]["always"] == pytest.approx({"accuracy": 0.5, "f1": 2 / 3, "average_precision": 0.5})
-    low, high = matching["hard"].intervals["accuracy"]
-    assert report["intervals"]["hard"] == {"accuracy": {"low": low, "high": high}}
-    assert report["intervals"]["retrieval"].keys() == retrieval.intervals.keys()
-    assert json.loads(json.dumps(report)) == report
-
-
-# --- checks of honesty ---------------------------------------------------------------------------
-
-
-def test_noise_recall_judges_on_noise_that_training_has_not_seen():
-    seen = []
-
-    def train(noise: PairedFeatures, validation: PairedFeatures) -> PairFuser:
-        seen.extend([noise, validation])
-        return random_fuser()
-
-    judged = []
-    report = mmkit.evaluation.retrieval_report
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mmkit.evaluation, "retrieval_report", lambda *given: (judged.append(given[1]), report(*given))[1])
-        recall = noise_recall(train, (IMAGE_DIM, TEXT_DIM), pairs=30, held_out=20)
-    noise, validation, held_out = *seen, *judged
-    assert [len(part.owner) for part in (noise, validation, held_out)] == [30, 20, 20]
-    assert held_out.owner.tolist() == list(range(20))
-    assert not torch.isin(held_out.images(), torch.cat([noise.images(), validation.images()])).any()
-    assert recall == report(random_fuser(), held_out).text_to_image.r1
+@pytest.mark.parametrize(("call", "message"), WRONG.values(), ids=WRONG)
+def test_what_cannot_be_judged_is_refused(call, message):
+    with pytest.raises(MmkitError, match=message):
+        call()

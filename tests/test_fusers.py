@@ -1,15 +1,19 @@
-"""The contract of every fuser, against plain torch and pair-by-pair loops."""
+"""The contract of every fuser of vectors, and system A against plain torch and pair-by-pair loops."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import mmkit
-from mmkit import FUSERS, HeteroGNN, MmkitError, MultimodalFeatureFuser, MultimodalGNN, PairedFeatures, permutation_gap
-from mmkit.baselines import RegularizedCCA, TwoTower
-from mmkit.fusers import GatedFuser, PairFuser, Standardize, sum_of_relu, unit_scale
+from mmkit.checkpoints import FUSERS
+from mmkit.features import PairedFeatures
+from mmkit.fusers import GatedFuser, MultimodalFeatureFuser, PairFuser, Standardize, sum_of_relu, unit_scale
+from mmkit.support import MmkitError
 
 IMAGE_DIM, TEXT_DIM = 12, 8
+SIZES = {"gnn": {"heads": 4, "neighbours": 3}, "hetero-gnn": {"neighbours": 3}}
+KINDS = {name: kind for name, kind in FUSERS.items() if not kind.takes_parts}
+EVERY = pytest.mark.parametrize("name", KINDS)
 
 
 def features(images: int, texts: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,72 +21,113 @@ def features(images: int, texts: int, seed: int = 0) -> tuple[torch.Tensor, torc
     return torch.randn(images, IMAGE_DIM, generator=generator), torch.randn(texts, TEXT_DIM, generator=generator)
 
 
-def randomised(fuser: PairFuser, seed: int = 1) -> PairFuser:
-    """The fuser in eval mode, with its head off its start, where concatenation path and gate have no weight."""
-    generator = torch.Generator().manual_seed(seed)
+def make(name: str, **changes: object) -> PairFuser:
+    """A small fuser in eval mode, its head off its start, where concatenation path and gate have no weight."""
+    torch.manual_seed(0)
+    fuser = KINDS[name](IMAGE_DIM, TEXT_DIM, 6 if name == "cca" else 16, **SIZES.get(name, {}), **changes)
+    if name == "cca":
+        images, texts = features(50, 50, seed=9)
+        fuser.solve(PairedFeatures.from_arrays(images, texts + images[:, :TEXT_DIM], range(50)))
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in fuser.named_parameters():
-            if name.startswith(("match_head", "gate", "log_scale", "threshold")):
+        for parameter_name, parameter in fuser.named_parameters():
+            if parameter_name.startswith(("match_head", "gate", "threshold")):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return fuser.eval()
 
 
-def small_mlp(**changes: object) -> MultimodalFeatureFuser:
-    torch.manual_seed(0)
-    return randomised(MultimodalFeatureFuser(IMAGE_DIM, TEXT_DIM, 16, **changes))
+# --- the contract --------------------------------------------------------------------------------
 
 
-def small_gnn(**changes: object) -> MultimodalGNN:
-    torch.manual_seed(0)
-    return randomised(MultimodalGNN(IMAGE_DIM, TEXT_DIM, 16, heads=4, neighbours=3, **changes))
+@EVERY
+@pytest.mark.parametrize("block", [None, 1, 500], ids=["one block", "a row a block", "some rows a block"])
+def test_score_equals_match_on_every_pair(name, block, monkeypatch):
+    if block is not None:
+        monkeypatch.setattr(mmkit.fusers, "_BLOCK", block)
+    fuser = make(name)
+    (images, texts), head = features(9, 7), getattr(fuser, "match_head", None)
+    image_nodes, text_nodes = fuser.nodes(images, texts)
+    pairs = [[fuser.match(image[None], text[None]).item() for text in text_nodes] for image in image_nodes]
+    expected = torch.tensor(pairs)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(fuser.score(images, texts), expected, rtol=0, atol=1e-4)
+    if head is not None:
+        by_head = fuser.fuse(image_nodes[:7], text_nodes) @ head.weight[0] + head.bias
+        torch.testing.assert_close(by_head, expected[:7].diagonal(), rtol=1e-4, atol=1e-4)
 
 
-def small_gated(**changes: object) -> GatedFuser:
-    torch.manual_seed(0)
-    return randomised(GatedFuser(IMAGE_DIM, TEXT_DIM, 16, **changes))
+@EVERY
+def test_permuting_texts_permutes_columns_and_images_rows_and_nothing_else(name):
+    fuser, (images, texts) = make(name), features(12, 10)
+    rows, columns = (torch.randperm(n, generator=torch.Generator().manual_seed(3)) for n in (12, 10))
+    scores = fuser.score(images, texts)
+    torch.testing.assert_close(fuser.score(images, texts[columns]), scores[:, columns], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fuser.score(images[rows], texts), scores[rows], rtol=1e-4, atol=1e-4)
+    assert mmkit.permutation_gap(fuser, images, texts) < 1e-4
 
 
-def small_two_tower(**changes: object) -> TwoTower:
-    torch.manual_seed(0)
-    return randomised(TwoTower(IMAGE_DIM, TEXT_DIM, 16, **changes))
+@EVERY
+def test_a_score_depends_on_the_pool_only_where_the_fuser_says_so(name):
+    fuser, (images, texts), others = make(name), features(20, 20), features(20, 20, seed=1)
+    scores = fuser.score(images, texts)[3:5, 7:8]
+    pool = fuser.score(torch.cat([images[3:5], others[0]]), torch.cat([texts[7:8], others[1]]))[:2, :1]
+    for found in (fuser.score(images[3:5], texts[7:8]), pool):
+        assert torch.allclose(found, scores, rtol=1e-4, atol=1e-5) != fuser.transductive
 
 
-def small_hetero_gnn(**changes: object) -> HeteroGNN:
-    torch.manual_seed(0)
-    return randomised(HeteroGNN(IMAGE_DIM, TEXT_DIM, 16, neighbours=3, **changes))
+@EVERY
+def test_features_are_standardised_before_they_are_projected(name):
+    fuser, plain, (images, texts) = make(name), make(name), features(6, 6)
+    for one, (left, right) in ((fuser, (3 * images + 1, texts / 7 - 2)), (plain, (images, texts))):
+        one.standardize_images.fit(left)
+        one.standardize_texts.fit(right)
+    expected = plain.score(images, texts)
+    torch.testing.assert_close(fuser.score(3 * images + 1, texts / 7 - 2), expected, rtol=1e-3, atol=1e-3)
 
 
-def small_cca() -> RegularizedCCA:
-    fuser = RegularizedCCA(IMAGE_DIM, TEXT_DIM, 6)
-    images, texts = features(50, 50, seed=9)
-    fuser.solve(PairedFeatures.from_arrays(images, texts + images[:, :TEXT_DIM], range(50)))
-    return fuser.eval()
+@pytest.mark.parametrize("name", ["mlp", "gnn", "hetero-gnn", "gated", "two-tower"])
+def test_features_are_dropped_in_training_only(name):
+    fuser = make(name, feature_dropout=0.5, **({} if name == "two-tower" else {"dropout": 0.0}))
+    images, texts = features(40, 40)
+    assert all(map(torch.equal, fuser.prepare(images, texts), (images, texts)))
+    assert torch.equal(fuser.score(images, texts), fuser.score(images, texts))
+    fuser.train()
+    for prepared, whole in zip(fuser.prepare(images, texts), (images, texts), strict=True):
+        kept = prepared != 0
+        assert 0.35 < kept.float().mean() < 0.65
+        torch.testing.assert_close(prepared[kept], 2 * whole[kept])
+    assert not torch.equal(fuser.score(images, texts), fuser.score(images, texts))
 
 
-MAKERS = {
-    "mlp": small_mlp,
-    "gnn": small_gnn,
-    "hetero-gnn": small_hetero_gnn,
-    "gated": small_gated,
-    "two-tower": small_two_tower,
-    "cca": small_cca,
-}
-TWO_PATHS = ["mlp", "gnn", "hetero-gnn", "gated"]
+@EVERY
+def test_a_saved_fuser_scores_the_same_when_it_is_loaded(name, tmp_path):
+    changes = {"dropout": 0.1, "feature_dropout": 0.2} if name not in ("two-tower", "cca") else {}
+    if name == "mlp":
+        changes["normalize"] = False
+    fuser, (images, texts) = make(name, **changes), features(6, 9)
+    fuser.standardize_images.fit(2 * images + 1)
+    fuser.standardize_texts.fit(texts - 3)
+    fuser.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"model.safetensors", "config.json"}
+    torch.manual_seed(99)
+    loaded = type(fuser).from_pretrained(str(tmp_path)).eval()
+    assert torch.equal(loaded.score(images, texts), fuser.score(images, texts))
+    assert (loaded.width, loaded.fused_dim) == (fuser.width, fuser.fused_dim)
+    if changes:
+        assert (loaded.feature_dropout.p, loaded.concatenation[2].p) == (0.2, 0.1)
 
 
-def over(*names: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("make", [MAKERS[name] for name in names], ids=names)
+@EVERY
+def test_features_of_other_sizes_are_refused_with_both_named(name):
+    images, texts = features(4, 4)
+    for call in (make(name).score, make(name)):
+        with pytest.raises(MmkitError, match=r"\(12, 8\) as vectors.*\(4, 11\) and \(4, 8\)\. Remedy"):
+            call(images[:, :-1], texts)
+    with pytest.raises(MmkitError, match=r"\(12, 8\).*\(4, 12\).*\(8,\)"):
+        make(name).score(images, texts[0])
 
 
-EVERY = over(*MAKERS)
-
-
-def test_every_fuser_of_vectors_that_has_a_name_is_tested_here():
-    found = {name: type(make()) for name, make in MAKERS.items()}
-    assert found == {name: kind for name, kind in FUSERS.items() if not kind.takes_parts}
-
-
-# --- sizes ---------------------------------------------------------------------------------------
+# --- system A ------------------------------------------------------------------------------------
 
 
 def test_default_sizes_are_those_of_the_article():
@@ -93,247 +138,86 @@ def test_default_sizes_are_those_of_the_article():
     assert (linear.in_features, linear.out_features) == (2048, 1024)
     assert isinstance(relu, torch.nn.ReLU) and dropout.p == 0.3
     assert fuser(torch.randn(3, 2048), torch.randn(3, 768)).shape == (3, 2048) == (3, fuser.fused_dim)
-    assert fuser.score(torch.randn(2, 2048), torch.randn(5, 768)).shape == (2, 5)
-
-
-@EVERY
-def test_sizes_that_differ_are_refused_with_both_named(make):
-    images, texts = features(4, 4)
-    for call in (make().score, make()):
-        with pytest.raises(MmkitError) as error:
-            call(images[:, :-1], texts)
-        assert "(12, 8)" in str(error.value) and "(4, 11)" in str(error.value) and "(4, 8)" in str(error.value)
-    with pytest.raises(MmkitError, match=r"\(12, 8\).*\(4, 12\).*\(8,\)"):
-        make().score(images, texts[0])
-
-
-def test_pairs_that_are_not_aligned_are_refused_with_both_counts():
-    with pytest.raises(MmkitError, match="3 images and 4 texts"):
-        small_mlp()(*features(3, 4))
-
-
-# --- the two paths -------------------------------------------------------------------------------
 
 
 def test_forward_is_the_product_then_the_concatenation_of_the_projections():
-    fuser = small_mlp(normalize=False)
-    images, texts = features(5, 5)
+    fuser, (images, texts) = make("mlp", normalize=False), features(5, 5)
     a = images @ fuser.project_images.weight.T + fuser.project_images.bias
     b = texts @ fuser.project_texts.weight.T + fuser.project_texts.bias
-    linear = fuser.concatenation[0]
-    joined = (torch.cat([a, b], dim=1) @ linear.weight.T + linear.bias).clamp(min=0)
-    fused = fuser(images, texts)
-    torch.testing.assert_close(fused[:, :16], a * b)
-    torch.testing.assert_close(fused[:, 16:], joined)
+    joined = (torch.cat([a, b], dim=1) @ fuser.concatenation[0].weight.T + fuser.concatenation[0].bias).clamp(min=0)
+    torch.testing.assert_close(fuser(images, texts), torch.cat([a * b, joined], dim=1))
 
 
-def test_normalised_nodes_have_length_root_width_and_change_no_direction():
-    images, texts = features(5, 5)
-    plain, unit = small_mlp(normalize=False).nodes(images, texts), small_mlp(normalize=True).nodes(images, texts)
+def test_normalised_nodes_have_length_root_width_so_that_products_sum_to_width_times_cosine():
+    plain, unit = (make("mlp", normalize=normalize).nodes(*features(5, 5)) for normalize in (False, True))
     for before, after in zip(plain, unit, strict=True):
         torch.testing.assert_close(after.norm(dim=1), torch.full((5,), 4.0))
-        torch.testing.assert_close(F.cosine_similarity(before, after), torch.ones(5))
+        torch.testing.assert_close(after, unit_scale(before))
+    torch.testing.assert_close((unit[0] * unit[1]).sum(dim=1), 16 * F.cosine_similarity(*plain))
 
 
-def test_an_untrained_score_is_cosine_over_temperature():
-    fuser = MultimodalFeatureFuser(IMAGE_DIM, TEXT_DIM, 16).eval()
-    images, texts = features(4, 6)
-    image_nodes, text_nodes = fuser.nodes(images, texts)
-    cosine = F.cosine_similarity(image_nodes[:, None], text_nodes[None], dim=2)
-    torch.testing.assert_close(fuser.score(images, texts), cosine / 0.07 + fuser.match_head.bias, rtol=1e-4, atol=1e-4)
-
-
-def test_unit_scale_makes_the_sum_of_a_product_width_times_cosine():
-    a, b = torch.randn(2, 7, 10, generator=torch.Generator().manual_seed(0))
-    product = (unit_scale(a) * unit_scale(b)).sum(dim=1)
-    torch.testing.assert_close(product, 10 * F.cosine_similarity(a, b))
-
-
-# --- score ---------------------------------------------------------------------------------------
-
-
-@EVERY
-@pytest.mark.parametrize("block", [None, 1, 500], ids=["one block", "a row a block", "some rows a block"])
-def test_score_equals_match_pair_by_pair(make, block, monkeypatch):
-    if block is not None:
-        monkeypatch.setattr(mmkit.fusers, "_BLOCK", block)
-    fuser = make()
-    images, texts = features(9, 7)
-    image_nodes, text_nodes = fuser.nodes(images, texts)
-    expected = [[fuser.match(image[None], text[None]).item() for text in text_nodes] for image in image_nodes]
-    expected = torch.tensor(expected)
-    assert expected.std() > 0.1
-    assert (fuser.score(images, texts) - expected).abs().max() < 1e-4
-
-
-@over(*TWO_PATHS)
-def test_match_is_the_match_head_of_forward(make):
-    fuser = make()
-    images, texts = features(6, 6)
-    expected = fuser(images, texts) @ fuser.match_head.weight[0] + fuser.match_head.bias
-    torch.testing.assert_close(fuser.score(images, texts).diagonal(), expected, rtol=1e-4, atol=1e-4)
-
-
-@EVERY
-def test_permuting_texts_permutes_columns_and_images_rows_and_nothing_else(make):
-    fuser = make()
-    images, texts = features(12, 10)
-    rows, columns = (torch.randperm(n, generator=torch.Generator().manual_seed(3)) for n in (12, 10))
-    scores = fuser.score(images, texts)
-    torch.testing.assert_close(fuser.score(images, texts[columns]), scores[:, columns], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(fuser.score(images[rows], texts), scores[rows], rtol=1e-4, atol=1e-4)
-    assert permutation_gap(fuser, images, texts) < 1e-4
-
-
-@over("mlp", "gated", "two-tower", "cca")
-def test_a_score_does_not_depend_on_the_pool(make):
-    fuser = make()
-    images, texts = features(20, 20)
-    others = features(20, 20, seed=1)
-    scores = fuser.score(images, texts)
-    torch.testing.assert_close(fuser.score(images[3:5], texts[7:8]), scores[3:5, 7:8])
-    pool = fuser.score(torch.cat([images[3:5], others[0]]), torch.cat([texts[7:8], others[1]]))
-    torch.testing.assert_close(pool[:2, :1], scores[3:5, 7:8])
-    assert not fuser.transductive
-
-
-# --- the gate ------------------------------------------------------------------------------------
-
-
-def test_an_untrained_gate_is_half_open_and_leaves_cosine_over_temperature():
-    torch.manual_seed(0)
-    fuser, images, texts = GatedFuser(IMAGE_DIM, TEXT_DIM, 16).eval(), *features(6, 6)
-    assert (fuser.gates(images, texts) == 0.5).all()
-    expected = F.cosine_similarity(*fuser.nodes(images, texts)) / 0.07 + fuser.match_head.bias
-    torch.testing.assert_close(fuser.score(images, texts).diagonal(), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_gates_are_the_sigmoid_of_a_layer_over_both_nodes_and_weigh_the_two_paths():
-    fuser, images, texts = small_gated(), *features(6, 6)
+@pytest.mark.parametrize("kind", [MultimodalFeatureFuser, GatedFuser])
+def test_an_untrained_score_is_cosine_over_temperature(kind):
+    fuser, (images, texts) = kind(IMAGE_DIM, TEXT_DIM, 16).eval(), features(4, 6)
     a, b = fuser.nodes(images, texts)
-    logits = torch.cat([a, b], dim=1) @ fuser.gate.weight.T + fuser.gate.bias
-    gates = fuser.gates(images, texts)
-    torch.testing.assert_close(gates, 1 / (1 + (-logits).exp()))
-    joined = fuser.concatenation(torch.cat([a, b], dim=1))
-    torch.testing.assert_close(fuser(images, texts), torch.cat([gates * a * b, (1 - gates) * joined], dim=1))
+    expected = F.cosine_similarity(a[:, None], b[None], dim=2) / 0.07 + fuser.match_head.bias
+    torch.testing.assert_close(fuser.score(images, texts), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_gate_depends_on_both_members_of_its_pair():
-    fuser, images, texts = small_gated(), *features(6, 6)
-    with torch.no_grad():
-        fuser.gate.weight.mul_(0.2)  # of the size that training leaves, not one that saturates the sigmoid
-    gates = fuser.gates(images, texts)
-    assert gates.shape == (6, 16) and gates.min() > 0 and gates.max() < 1
-    for changed in (fuser.gates(images.roll(1, 0), texts), fuser.gates(images, texts.roll(1, 0))):
-        assert ((changed - gates).abs().amax(dim=1) > 0.05).all()
-
-
-# --- standardisation and dropout -----------------------------------------------------------------
-
-
-def test_standardize_gives_zero_mean_and_unit_deviation():
-    values = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.01, 1, 300])
-    values += torch.tensor([5.0, -2, 1000])
-    standardize = Standardize(3)
-    torch.testing.assert_close(standardize(values), values)
-    standardize.fit(values)
-    torch.testing.assert_close(standardize(values).mean(dim=0), torch.zeros(3), rtol=0, atol=1e-3)
-    torch.testing.assert_close(standardize(values).std(dim=0, correction=0), torch.ones(3), rtol=1e-3, atol=0)
-
-
-def test_standardize_survives_constant_features():
-    values = torch.tensor([[0.0, 2.5, 1.0], [0.0, 2.5, 3.0]])
-    standardize = Standardize(3)
-    standardize.fit(values)
-    torch.testing.assert_close(standardize(values), torch.tensor([[0.0, 0.0, -1.0], [0.0, 0.0, 1.0]]))
-    standardize.fit(values[:1])
-    torch.testing.assert_close(standardize(values[:1]), torch.zeros(1, 3))
-
-
-@EVERY
-def test_features_are_standardised_before_they_are_projected(make):
-    fuser, plain = make(), make()
-    images, texts = features(6, 6)
-    fuser.standardize_images.fit(3 * images + 1)
-    fuser.standardize_texts.fit(texts / 7 - 2)
-    plain.standardize_images.fit(images)
-    plain.standardize_texts.fit(texts)
-    expected = plain.score(images, texts)
-    torch.testing.assert_close(fuser.score(3 * images + 1, texts / 7 - 2), expected, rtol=1e-3, atol=1e-3)
-
-
-@over(*TWO_PATHS, "two-tower")
-def test_features_are_dropped_in_training_only(make):
-    fuser = make(feature_dropout=0.5, **({} if make is small_two_tower else {"dropout": 0.0}))
-    images, texts = features(40, 40)
-    kept_images, kept_texts = fuser.prepare(images, texts)
-    assert torch.equal(kept_images, images) and torch.equal(kept_texts, texts)
-    assert torch.equal(fuser.score(images, texts), fuser.score(images, texts))
-    fuser.train()
-    for prepared, whole in zip(fuser.prepare(images, texts), (images, texts), strict=True):
-        kept = prepared != 0
-        assert 0.35 < kept.float().mean() < 0.65
-        torch.testing.assert_close(prepared[kept], 2 * whole[kept])
-    assert not torch.equal(fuser.score(images, texts), fuser.score(images, texts))
-
-
-# --- saving --------------------------------------------------------------------------------------
-
-
-@EVERY
-def test_a_saved_fuser_scores_the_same_when_it_is_loaded(make, tmp_path):
-    fuser = make()
-    images, texts = features(6, 9)
-    fuser.standardize_images.fit(2 * images + 1)
-    fuser.standardize_texts.fit(texts - 3)
-    fuser.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} >= {"model.safetensors", "config.json"}
-    torch.manual_seed(99)
-    loaded = type(fuser).from_pretrained(str(tmp_path)).eval()
-    assert torch.equal(loaded.score(images, texts), fuser.score(images, texts))
-    assert (loaded.width, loaded.fused_dim) == (fuser.width, fuser.fused_dim)
-
-
-@over(*TWO_PATHS)
-def test_a_loaded_fuser_keeps_its_dropout(make, tmp_path):
-    make(dropout=0.1, feature_dropout=0.2).save_pretrained(tmp_path)
-    loaded = type(make()).from_pretrained(str(tmp_path))
-    assert (loaded.feature_dropout.p, loaded.concatenation[2].p) == (0.2, 0.1)
-
-
-def test_a_loaded_fuser_keeps_the_choice_not_to_normalise(tmp_path):
-    small_mlp(normalize=False).save_pretrained(tmp_path)
-    assert MultimodalFeatureFuser.from_pretrained(str(tmp_path)).normalize is False
-
-
-# --- one path alone ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("paths", ["product", "concatenation"])
-def test_one_path_alone_is_half_of_both(paths):
-    both, alone = small_mlp(), small_mlp(paths=paths)
+@pytest.mark.parametrize(("paths", "half"), [("product", slice(None, 16)), ("concatenation", slice(16, None))])
+def test_one_path_alone_is_half_of_both(paths, half):
+    both, alone, (images, texts) = make("mlp"), make("mlp", paths=paths), features(4, 4)
     alone.load_state_dict({key: value for key, value in both.state_dict().items() if key != "match_head.weight"}, False)
-    half = slice(None, 16) if paths == "product" else slice(16, None)
-    images, texts = features(4, 4)
     with torch.no_grad():
         alone.match_head.weight.copy_(both.match_head.weight[:, half])
         torch.testing.assert_close(alone(images, texts), both(images, texts)[:, half])
-        nodes = alone.nodes(images, texts)
-        pairs = torch.stack([alone.match(nodes[0], text.expand(4, -1)) for text in nodes[1]], dim=1)
+        a, b = alone.nodes(images, texts)
+        pairs = torch.stack([alone.match(a, text.expand(4, -1)) for text in b], dim=1)
         torch.testing.assert_close(alone.score(images, texts), pairs, atol=1e-4, rtol=0)
     assert alone.fused_dim == 16 and hasattr(alone, "concatenation") == (paths == "concatenation")
 
 
-def test_unknown_paths_and_a_gate_with_nothing_to_choose_are_refused():
-    with pytest.raises(MmkitError, match="both, product, concatenation"):
-        small_mlp(paths="sum")
-    with pytest.raises(MmkitError, match="two paths"):
-        small_gated(paths="product")
-
-
 @pytest.mark.parametrize("sign", [1, -1, 0])
 def test_the_sum_of_relu_holds_for_weights_of_one_sign_and_of_none(sign):
-    left, right = features(5, 7)[0], torch.randn(7, IMAGE_DIM, generator=torch.Generator().manual_seed(3))
-    weight = sign * torch.rand(IMAGE_DIM, generator=torch.Generator().manual_seed(4))
-    expected = torch.relu(left[:, None] + right) @ weight
-    torch.testing.assert_close(sum_of_relu(left, right, weight), expected, atol=1e-5, rtol=0)
+    generator = torch.Generator().manual_seed(3)
+    left, right, weight = (torch.randn(shape, generator=generator) for shape in ((5, 12), (7, 12), (12,)))
+    expected = torch.relu(left[:, None] + right) @ (sign * weight.abs())
+    torch.testing.assert_close(sum_of_relu(left, right, sign * weight.abs()), expected, atol=1e-5, rtol=0)
+
+
+def test_gates_are_the_sigmoid_of_a_layer_over_both_nodes_and_weigh_the_two_paths():
+    images, texts = features(6, 6)
+    assert (GatedFuser(IMAGE_DIM, TEXT_DIM, 16).eval().gates(images, texts) == 0.5).all(), "half open at first"
+    fuser = make("gated")
+    a, b = fuser.nodes(images, texts)
+    gates, joined = fuser.gates(images, texts), fuser.concatenation(torch.cat([a, b], dim=1))
+    logits = torch.cat([a, b], dim=1) @ fuser.gate.weight.T + fuser.gate.bias
+    torch.testing.assert_close(gates, 1 / (1 + (-logits).exp()))
+    torch.testing.assert_close(fuser(images, texts), torch.cat([gates * a * b, (1 - gates) * joined], dim=1))
+    with torch.no_grad():
+        fuser.gate.weight.mul_(0.2)  # of the size that training leaves, not one that saturates the sigmoid
+    gates = fuser.gates(images, texts)
+    for changed in (fuser.gates(images.roll(1, 0), texts), fuser.gates(images, texts.roll(1, 0))):
+        assert ((changed - gates).abs().amax(dim=1) > 0.05).all(), "it depends on both members of its pair"
+
+
+def test_standardize_gives_zero_mean_and_unit_deviation_and_only_centres_constants():
+    values = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.01, 1, 300, 0])
+    values += torch.tensor([5.0, -2, 1000, 2.5])
+    standardize = Standardize(4)
+    torch.testing.assert_close(standardize(values), values)
+    standardize.fit(values)
+    torch.testing.assert_close(standardize(values).mean(dim=0), torch.zeros(4), rtol=0, atol=1e-3)
+    deviation = standardize(values).std(dim=0, correction=0)
+    torch.testing.assert_close(deviation, torch.tensor([1.0, 1, 1, 0]), rtol=1e-3, atol=0)
+    standardize.fit(values[:1])
+    torch.testing.assert_close(standardize(values[:1]), torch.zeros(1, 4))
+
+
+def test_what_cannot_be_fused_is_refused():
+    with pytest.raises(MmkitError, match="3 images and 4 texts"):
+        make("mlp")(*features(3, 4))
+    with pytest.raises(MmkitError, match="both, product, concatenation"):
+        make("mlp", paths="sum")
+    with pytest.raises(MmkitError, match="two paths"):
+        GatedFuser(IMAGE_DIM, TEXT_DIM, 16, paths="product")

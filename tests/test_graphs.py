@@ -1,26 +1,123 @@
-"""Graph layers against hand computation, the graph fusers against dense recomputation, and the hubness correction."""
+"""Edges against brute force and torch, layers against hand computation, graph fusers against dense recomputation."""
 
-import itertools
 import math
-import warnings
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_edges import brute_force_edges, random
-from torch import Tensor
+from torch import Tensor, nn
+from torch_geometric.nn import GCNConv
 
-import mmkit
-from mmkit import HeteroGNN, HubnessCorrected, MmkitError, MultimodalGNN, PairedFeatures, TwoTower, cosine_knn_edges
-from mmkit.fusers import PairFuser
-from mmkit.graphs import EDGES, RELATIONS
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)
-    from torch_geometric.nn import GCNConv
+import mmkit.graphs
+from helpers import settings
+from mmkit import HeteroGNN, MmkitError, MultimodalGNN, PairedFeatures, PairFuser, attention_edges, cosine_knn_edges
+from mmkit.graphs import RELATIONS
 
 
-# --- graph layers --------------------------------------------------------------------------------
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    a, b = a.tolist(), b.tolist()
+    return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b) or 1.0)
+
+
+def brute_force_edges(source: Tensor, target: Tensor | None, k: int) -> dict[tuple[int, int], float]:
+    """`{(neighbour, node): weight}` by loops over all pairs."""
+    edges = {}
+    for node, vector in enumerate(source if target is None else target):
+        candidates = [j for j in range(len(source)) if target is not None or j != node]
+        nearest = sorted(candidates, key=lambda j: -cosine(source[j], vector))[:k]
+        edges |= {(j, node): min(1.0, max(0.0, cosine(source[j], vector))) for j in nearest}
+    return edges
+
+
+def as_dict(edges: Tensor, weight: Tensor) -> dict[tuple[int, int], float]:
+    pairs = [tuple(pair) for pair in edges.T.tolist()]
+    assert len(set(pairs)) == len(pairs) == len(weight)
+    return dict(zip(pairs, weight.tolist(), strict=True))
+
+
+def received(edges: Tensor, weight: Tensor, senders: int, receivers: int) -> Tensor:
+    """The matrix `(receivers, senders)` of weights; those of the same edge add up."""
+    return weight.new_zeros(receivers, senders).index_put((edges[1], edges[0]), weight, accumulate=True)
+
+
+@pytest.mark.slow
+def test_importing_the_graphs_keeps_torch_geometrics_deprecation_out_of_the_readers_sight():
+    code = "import mmkit.graphs; from torch_geometric.nn import GCNConv"
+    subprocess.run([sys.executable, "-W", "error::FutureWarning", "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("rows", [4, 2048])
+@pytest.mark.parametrize("k", [1, 3, 99])
+@pytest.mark.parametrize("target", [None, random(9, 5, seed=1)], ids=["within", "across"])
+def test_edges_equal_a_brute_force_loop_in_blocks_of_any_size(k, target, rows, monkeypatch):
+    monkeypatch.setattr(mmkit.graphs, "_BLOCK_ROWS", rows)
+    source = random(20, 5)
+    edges, weight = cosine_knn_edges(source, target, k=k)
+    found, expected = as_dict(edges, weight), brute_force_edges(source, target, k)
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, abs=1e-5)
+    nodes, each = (20, min(k, 19)) if target is None else (9, min(k, 20))
+    assert edges[1].tolist() == [node for node in range(nodes) for _ in range(each)]
+    assert (weight.reshape(-1, each).diff(dim=1) <= 0).all(), "from near to far"
+
+
+def test_no_node_is_its_own_neighbour_even_beside_a_duplicate_and_negative_cosines_count_as_none():
+    edges, weight = cosine_knn_edges(random(6, 4).repeat(2, 1), k=11)
+    assert (edges[0] != edges[1]).all()
+    assert weight[(edges[0] - edges[1]).abs() == 6].tolist() == pytest.approx([1.0] * 12)
+    found = as_dict(*cosine_knn_edges(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.6, 0.8]]), k=2))
+    assert found == pytest.approx({(1, 0): 0.0, (2, 0): 0.6, (0, 1): 0.0, (2, 1): 0.0, (0, 2): 0.6, (1, 2): 0.0})
+    _, weight = cosine_knn_edges(random(50, 2).repeat(2, 1) * 1e3, k=60)
+    assert weight.min() == 0 and weight.max() <= 1
+
+
+@pytest.mark.parametrize("sizes", [(1, None), (0, None), (4, 0), (0, 4), (0, 0)], ids=str)
+def test_sets_without_a_pair_have_no_edges(sizes):
+    source, target = random(sizes[0], 3), None if sizes[1] is None else random(sizes[1], 3)
+    found = [cosine_knn_edges(source, target, k=2)]
+    if target is not None:
+        found.append(attention_edges(target, source))
+    for edges, weight in found:
+        assert edges.shape == (2, 0) and edges.dtype == torch.long and weight.shape == (0,)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_has_no_nearest_is_refused(value):
+    broken, whole = random(4, 3), random(4, 3)
+    broken[2, 1] = value
+    for edges in (cosine_knn_edges, attention_edges):
+        for pair in ((broken, whole), (whole, broken)):
+            with pytest.raises(MmkitError, match=r"NaN or infinity.*Remedy"):
+                edges(*pair)
+        with pytest.raises(MmkitError, match=r"k is 0.*Remedy"):
+            edges(whole, whole, k=0)
+
+
+def top_attention(queries: Tensor, keys: Tensor, k: int) -> Tensor:
+    logits = queries @ keys.T / math.sqrt(queries.shape[1])
+    lowest = logits.sort(dim=1, descending=True).values[:, [k - 1]]
+    return logits.masked_fill(logits < lowest, -torch.inf).softmax(dim=1)
+
+
+def test_messages_along_attention_edges_equal_torchs_attention_of_the_top_k_with_gradients_into_both_sides():
+    queries, keys, values = random(6, 5), random(9, 5, seed=1), random(9, 5, seed=2)
+    expected = F.scaled_dot_product_attention(queries[None], keys[None], values[None])[0]
+    torch.testing.assert_close(received(*attention_edges(queries, keys), 9, 6) @ values, expected)
+    for k in (1, 3, 9):
+        edges, weight = attention_edges(queries, keys, k)
+        assert edges[1].bincount().tolist() == [k] * 6
+        torch.testing.assert_close(received(edges, weight, 9, 6), top_attention(queries, keys, k))
+    edges, weight = attention_edges(1e3 * queries, 1e3 * keys[:2], k=5)
+    torch.testing.assert_close(received(edges, weight, 2, 6).sum(dim=1), torch.ones(6))
+    queries, keys = (random(4, 3, seed=seed).double().requires_grad_() for seed in (0, 1))
+    for k in (None, 2):
+        assert torch.autograd.gradcheck(lambda q, x, k=k: attention_edges(q, x, k)[1], (queries, keys))
 
 
 def gcn_by_hand(adjacency: Tensor, nodes: Tensor, layer: GCNConv) -> Tensor:
@@ -30,122 +127,54 @@ def gcn_by_hand(adjacency: Tensor, nodes: Tensor, layer: GCNConv) -> Tensor:
     return scale @ with_loops @ scale @ nodes @ layer.lin.weight.T + layer.bias
 
 
-def test_gcn_on_four_nodes_equals_the_formula():
-    torch.manual_seed(0)
-    layer, nodes = GCNConv(3, 2), random(4, 3)
-    torch.nn.init.normal_(layer.bias)
-    edges = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
-    weight = torch.tensor([0.5, 0.5, 0.25, 0.25])
-    adjacency = torch.tensor([[0, 0.5, 0, 0], [0.5, 0, 0.25, 0], [0, 0.25, 0, 0], [0, 0, 0, 0]])
-    found = layer(nodes, edges, weight)
-    torch.testing.assert_close(found, gcn_by_hand(adjacency, nodes, layer))
-    second = nodes[0] * 0.5 / math.sqrt(1.5 * 1.75) + nodes[1] / 1.75 + nodes[2] * 0.25 / math.sqrt(1.25 * 1.75)
-    torch.testing.assert_close(found[1], layer.lin.weight @ second + layer.bias)
-    torch.testing.assert_close(found[3], layer.lin.weight @ nodes[3] + layer.bias)
-
-
-@pytest.mark.parametrize("nodes", [1, 5, 40])
-def test_gcn_equals_the_formula_on_random_graphs_with_isolated_nodes_and_duplicate_edges(nodes):
-    torch.manual_seed(0)
-    layer, features = GCNConv(6, 3), random(nodes, 6)
-    torch.nn.init.normal_(layer.bias)
-    edges = torch.randint(0, max(1, nodes - 2), (2, 2 * nodes))
-    edges = edges[:, edges[0] != edges[1]]  # PyG keeps the weight of a loop that is there in place of adding 1
-    weight = torch.rand(edges.shape[1])
-    assert nodes < 40 or edges.unique(dim=1).shape[1] < edges.shape[1]
-    adjacency = mmkit.to_dense(edges, weight, (nodes, nodes)).T
-    torch.testing.assert_close(layer(features, edges, weight), gcn_by_hand(adjacency, features, layer))
-
-
-# --- the graph fusers ----------------------------------------------------------------------------
-
-BANK = 9
-
-
-def pairs(images: int, captions: int = 2, seed: int = 5) -> PairedFeatures:
-    owner = torch.arange(images).repeat_interleave(captions)
-    return PairedFeatures.from_arrays(random(images, 12, seed=seed), random(len(owner), 8, seed=seed + 1), owner)
+# --- the contract of every graph fuser -----------------------------------------------------------
 
 
 def off_its_start(fuser: PairFuser) -> PairFuser:
     with torch.no_grad():
         for parameter in fuser.parameters():
             if parameter.ndim == 1:
-                torch.nn.init.normal_(parameter, std=0.2)
-    return fuser.eval()
-
-
-def small_gnn(**changes: object) -> MultimodalGNN:
-    torch.manual_seed(0)
-    return off_its_start(MultimodalGNN(12, 8, 16, **({"heads": 4, "neighbours": 3} | changes)))
-
-
-def with_bank(**changes: object) -> MultimodalGNN:
-    fuser = small_gnn(**({"bank": BANK} | changes))
-    fuser.observe(pairs(20))
+                nn.init.normal_(parameter, std=0.2)
     return fuser.eval()
 
 
 def small_hetero(**changes: object) -> HeteroGNN:
     torch.manual_seed(0)
-    return off_its_start(HeteroGNN(12, 8, 16, **({"neighbours": 3} | changes)))
+    return off_its_start(HeteroGNN(12, 8, 16, neighbours=3, **changes))
 
 
-POOLED = {edges: lambda edges=edges, **changes: small_gnn(edges=edges, **changes) for edges in EDGES}
-POOLED |= {"hetero": small_hetero, "linear": lambda **changes: small_gnn(projection="linear", **changes)}
-BANKED = {
-    f"{kind} bank": lambda kind=kind, **changes: with_bank(edges=kind, **changes) for kind in EDGES if kind != "mutual"
-}
-EVERY = POOLED | BANKED
+def small_gnn(heads: int = 4, **changes: object) -> MultimodalGNN:
+    torch.manual_seed(0)
+    return off_its_start(MultimodalGNN(12, 8, 16, heads, neighbours=3, **changes))
 
 
-def over(makers: dict, *without: str) -> pytest.MarkDecorator:
-    names = [name for name in makers if name not in without]
-    return pytest.mark.parametrize("make", [makers[name] for name in names], ids=names)
+MAKERS = {kind: lambda kind=kind, **changes: small_gnn(edges=kind, **changes) for kind in mmkit.graphs.EDGES}
+MAKERS |= {"hetero": small_hetero, "linear": lambda **changes: small_gnn(projection="linear", **changes)}
+EVERY = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
-@over(EVERY)
-def test_permuting_the_pool_permutes_scores_and_nothing_else(make):
-    images, texts = random(12, 12), random(12, 8, seed=1)  # as many of both, or no index could be shared
-    fuser, rows, columns = make(layers=2), torch.randperm(12), torch.randperm(12)
-    scores = fuser.score(images, texts)
-    assert scores.std() > 0.05
-    torch.testing.assert_close(
-        fuser.score(images[rows], texts[columns]), scores[rows][:, columns], rtol=1e-4, atol=1e-4
-    )
+@EVERY
+def test_a_score_depends_on_the_pool_but_not_on_its_order_and_equal_captions_score_equally(make):
+    fuser, images, texts = make(layers=2), random(12, 12), random(12, 8, seed=1)
+    scores, alone = fuser.score(images, texts), fuser.score(images[:5], texts[:5])
+    assert mmkit.permutation_gap(fuser, images, texts) < 1e-3  # as many of both, or no index could be shared
+    assert fuser.transductive and scores.std() > 0.05
+    assert (alone - scores[:5, :5]).abs().max() > 0.01 * scores.std()
+    scores = fuser.score(images, torch.cat([texts, texts[[2, 4]]]))
+    torch.testing.assert_close(scores[:, 12:], scores[:, [2, 4]], rtol=1e-4, atol=1e-4)
 
 
-@over(EVERY)
+@EVERY
 def test_trained_on_noise_every_graph_is_at_chance(make):
     def train(noise: PairedFeatures, validation: PairedFeatures) -> PairFuser:
         fuser = make(dropout=0.0)
-        mmkit.fit(fuser, noise, validation, epochs=3, batch_size=64, learning_rate=5e-3)
+        mmkit.fit(fuser, noise, validation, settings(epochs=3))
         return fuser
 
     assert mmkit.noise_recall(train, (12, 8)) <= 0.025, "chance is 0.005; 5 hits in 200 have a probability of 0.004"
 
 
-@over(POOLED)
-def test_a_score_over_the_pool_depends_on_it_and_the_fuser_says_so(make):
-    fuser = make()
-    images, texts = random(10, 12), random(10, 8, seed=1)
-    alone, together = fuser.score(images[:5], texts[:5]), fuser.score(images, texts)[:5, :5]
-    assert fuser.transductive
-    assert (alone - together).abs().max() > 0.01 * together.std()
-
-
-@over(BANKED)
-@pytest.mark.parametrize("layers", [0, 2])
-def test_with_a_bank_a_score_is_the_same_in_any_pool(make, layers):
-    fuser = make(layers=layers)
-    images, texts = random(30, 12), random(25, 8, seed=1)
-    scores = fuser.score(images, texts)
-    assert not fuser.transductive
-    for rows, columns in ((slice(3, 4), slice(7, 8)), (slice(0, 9), slice(20, 25)), (slice(0, 30), slice(0, 1))):
-        torch.testing.assert_close(fuser.score(images[rows], texts[columns]), scores[rows, columns], rtol=0, atol=1e-5)
-
-
-@over(EVERY)
+@EVERY
 @pytest.mark.parametrize(("images", "texts"), [(1, 1), (1, 6), (6, 1), (2, 2)])
 def test_the_smallest_pools_have_finite_scores_and_gradients(make, images, texts):
     fuser = make().train()
@@ -155,36 +184,13 @@ def test_the_smallest_pools_have_finite_scores_and_gradients(make, images, texts
     assert all(torch.isfinite(p.grad).all() for p in fuser.parameters() if p.grad is not None)
 
 
-@over(EVERY, "mutual")  # which of two equal neighbours is among the k decides whether an edge is mutual
-def test_equal_captions_of_a_pool_score_equally(make):
-    images, texts = random(8, 12), random(6, 8, seed=1)
-    scores = make().score(images, torch.cat([texts, texts[[2, 4]]]))
-    assert torch.isfinite(scores).all()
-    torch.testing.assert_close(scores[:, 6:], scores[:, [2, 4]], rtol=1e-4, atol=1e-4)
-
-
-@over(EVERY)
-def test_features_that_are_not_finite_are_refused(make):
-    broken, fuser = random(4, 12), make(neighbours=2)
-    broken[1, 1] = torch.nan
-    if getattr(fuser, "edges", None) == "none":
-        assert fuser.score(broken, random(3, 8)).isnan().any(), "nothing hides it"
-    else:
-        with pytest.raises(MmkitError, match="NaN or infinity"):
-            fuser.score(broken, random(3, 8))
-
-
-@over(EVERY)
+@EVERY
 def test_a_loaded_graph_scores_the_same(make, tmp_path):
     fuser, images, texts = make(layers=2), random(5, 12), random(6, 8, seed=1)
     fuser.save_pretrained(tmp_path)
     torch.manual_seed(99)
     loaded = type(fuser).from_pretrained(str(tmp_path)).eval()
-    assert loaded.transductive == fuser.transductive
     assert torch.equal(loaded.score(images, texts), fuser.score(images, texts))
-
-
-# --- system B ------------------------------------------------------------------------------------
 
 
 def test_default_sizes_are_those_of_the_article():
@@ -193,11 +199,13 @@ def test_default_sizes_are_those_of_the_article():
     assert fuser(torch.randn(3, 2048), torch.randn(3, 768)).shape == (3, 1024) == (3, fuser.fused_dim)
 
 
-def test_the_weights_of_the_default_keep_their_names_and_none_has_the_same():
-    graph = {f"{kind}_graph.convolutions.0.{name}" for kind in ("image", "text") for name in ("bias", "lin.weight")}
-    names = set(small_gnn().state_dict())
-    assert {name for name in names if "graph" in name} == graph and not any("bank" in name for name in names)
-    assert names == set(small_gnn(edges="none").state_dict()) == set(small_gnn(edges="mutual").state_dict())
+def test_what_does_not_exist_is_refused():
+    with pytest.raises(MmkitError, match=r"No projection 'cnn'\. Valid names: mlp, linear"):
+        small_gnn(projection="cnn")
+    with pytest.raises(MmkitError, match=r"No edges 'knn'\. Valid names: cosine, attention, none"):
+        small_gnn(edges="knn")
+    with pytest.raises(MmkitError, match=r"hidden_dim 16 is not a multiple of heads 5"):
+        small_gnn(heads=5)
 
 
 def test_a_linear_projection_and_a_layer_are_the_articles_one_convolution():
@@ -206,252 +214,67 @@ def test_a_linear_projection_and_a_layer_are_the_articles_one_convolution():
     edges, weight = cosine_knn_edges(features, k=3)
     graph, one = fuser.image_graph.convolutions[0], GCNConv(12, 16)
     with torch.no_grad():
-        torch.nn.init.zeros_(fuser.project_images.bias)
+        nn.init.zeros_(fuser.project_images.bias)
         one.lin.weight.copy_(graph.lin.weight @ fuser.project_images.weight)
         one.bias.copy_(graph.bias)
         found = graph(fuser.project_images(features), edges, weight)
         torch.testing.assert_close(found, one(features, edges, weight), rtol=1e-4, atol=1e-5)
 
 
-def test_edges_that_do_not_exist_are_refused():
-    with pytest.raises(MmkitError, match=r"No projection 'cnn'\. Valid names: mlp, linear"):
-        MultimodalGNN(12, 8, 16, heads=4, projection="cnn")
-    with pytest.raises(MmkitError, match=r"No edges 'knn'\. Valid names: cosine, mutual, attention, none"):
-        MultimodalGNN(12, 8, 16, heads=4, edges="knn")
-
-
-def test_heads_have_to_divide_the_width():
-    with pytest.raises(MmkitError, match="hidden_dim 16 is not a multiple of heads 5"):
-        MultimodalGNN(12, 8, 16, heads=5)
-
-
-def graph_by_hand(graph: torch.nn.Module, nodes: Tensor, features: Tensor, k: int) -> Tensor:
-    adjacency = torch.zeros(len(nodes), len(nodes))
-    for (neighbour, node), weight in brute_force_edges(features, None, k).items():
+def graph_by_hand(graph: nn.Module, nodes: Tensor, features: Tensor, k: int) -> list[Tensor]:
+    adjacency, depths = torch.zeros(len(nodes), len(nodes)), [nodes]
+    for (neighbour, node), weight in (brute_force_edges(features, None, k) if k else {}).items():
         adjacency[node, neighbour] = weight
-    return layers_by_hand(graph, adjacency, nodes)
-
-
-def layers_by_hand(graph: torch.nn.Module, adjacency: Tensor, nodes: Tensor) -> Tensor:
     for layer in graph.convolutions:
-        nodes = nodes + gcn_by_hand(adjacency, nodes, layer).clamp(min=0)
-    return nodes
+        depths.append(depths[-1] + gcn_by_hand(adjacency, depths[-1], layer).clamp(min=0))
+    return depths
 
 
-def attention_by_hand(
-    attention: torch.nn.MultiheadAttention, queries: Tensor, pool: Tensor, hidden: Tensor | bool = False
-) -> Tensor:
-    weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
-    q, k, v = (x @ w.T + b for x, w, b in zip((queries, pool, pool), weights, biases, strict=True))
-    heads = []
-    for qh, kh, vh in zip(*(x.chunk(attention.num_heads, dim=1) for x in (q, k, v)), strict=True):
-        logits = (qh @ kh.T / math.sqrt(qh.shape[1])).masked_fill(torch.as_tensor(hidden), -torch.inf)
-        heads.append(logits.softmax(dim=1) @ vh)
-    return torch.cat(heads, dim=1) @ attention.out_proj.weight.T + attention.out_proj.bias
+def attended(fuser: MultimodalGNN, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Every node with what it sees of the others, at length √16."""
+    by_images, by_texts = fuser.images_see_texts(a, b, b)[0], fuser.texts_see_images(b, a, a)[0]
+    return 4 * F.normalize(a + by_images, dim=1), 4 * F.normalize(b + by_texts, dim=1)
 
 
+@pytest.mark.parametrize(("edges", "k"), [("cosine", 3), ("none", 0)])
 @pytest.mark.parametrize("layers", [0, 1, 2])
-def test_nodes_equal_a_dense_recomputation(layers):
-    fuser = small_gnn(layers=layers)
+def test_nodes_equal_a_dense_recomputation(layers, edges, k):
+    fuser = small_gnn(layers=layers, edges=edges)
     images, texts = random(9, 12), random(7, 8, seed=1)
-    a = graph_by_hand(fuser.image_graph, fuser.project_images(images), images, 3)
-    b = graph_by_hand(fuser.text_graph, fuser.project_texts(texts), texts, 3)
-    expected = (
-        a + attention_by_hand(fuser.images_see_texts, a, b),
-        b + attention_by_hand(fuser.texts_see_images, b, a),
-    )
-    for found, by_hand in zip(fuser.nodes(images, texts), expected, strict=True):
-        torch.testing.assert_close(found, 4 * F.normalize(by_hand, dim=1), rtol=1e-4, atol=1e-4)
+    a = graph_by_hand(fuser.image_graph, fuser.project_images(images), images, k)
+    b = graph_by_hand(fuser.text_graph, fuser.project_texts(texts), texts, k)
+    for found, expected in zip(fuser.nodes(images, texts), attended(fuser, a[-1], b[-1]), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fuser.image_graph(fuser.project_images(images), images), a, rtol=1e-4, atol=1e-4)
 
 
 def test_a_node_without_any_similar_other_is_finite_and_keeps_its_own_message():
-    fuser = small_gnn()
+    fuser, nodes = small_gnn(), random(5, 16)
     features = torch.cat([torch.zeros(1, 12), -torch.ones(1, 12), torch.ones(3, 12)])
-    nodes = random(5, 16)
-    found = fuser.image_graph(nodes, features)[-1]
-    layer = fuser.image_graph.convolutions[0]
+    found, layer = fuser.image_graph(nodes, features)[-1], fuser.image_graph.convolutions[0]
     alone = nodes + (nodes @ layer.lin.weight.T + layer.bias).clamp(min=0)
     torch.testing.assert_close(found[:2], alone[:2])
     assert (found[2:] - alone[2:]).abs().max() > 0.01
     assert torch.isfinite(fuser.score(features, random(4, 8))).all()
 
 
-def test_mutual_edges_leave_out_neighbours_of_one_side():
-    fuser, images = small_gnn(edges="mutual"), random(15, 12)
-    edges, weight = cosine_knn_edges(images, k=3, mutual=True)
-    nodes = random(15, 16)
-    expected = layers_by_hand(fuser.image_graph, mmkit.to_dense(edges, weight, (15, 15)).T, nodes)
-    torch.testing.assert_close(fuser.image_graph(nodes, images)[-1], expected, rtol=1e-4, atol=1e-4)
-    assert (fuser.image_graph(nodes, images)[-1] - small_gnn().image_graph(nodes, images)[-1]).abs().max() > 0.01
-
-
-def test_without_edges_the_layers_see_one_node_at_a_time():
-    fuser, images, texts = small_gnn(edges="none", layers=2), random(9, 12), random(7, 8, seed=1)
-    whole = fuser.depths(images, texts)[-1]
-    torch.testing.assert_close(fuser.depths(images[3:4], texts)[-1], whole[3:4])
-    nodes = fuser.project_images(images)
-    for layer in fuser.image_graph.convolutions:
-        nodes = nodes + (nodes @ layer.lin.weight.T + layer.bias).clamp(min=0)
-    torch.testing.assert_close(whole, nodes)
-
-
-@over(EVERY, "hetero")
-@pytest.mark.parametrize("layers", [0, 3])
-def test_depths_are_the_image_nodes_of_the_pool_from_projection_to_last_layer(make, layers):
-    fuser, images, texts = make(layers=layers), random(6, 12), random(5, 8, seed=1)
-    depths = fuser.depths(images, texts)
-    assert [tuple(nodes.shape) for nodes in depths] == [(6, 16)] * (layers + 1)
-    torch.testing.assert_close(depths[0], fuser.project_images(fuser.prepare(images, texts)[0]))
-    for before, after in itertools.pairwise(depths):
-        assert (after - before).min() >= 0 and (after - before).max() > 0.01  # a residual of what a ReLU lets through
-
-
-def convolution_by_hand(layer: torch.nn.Module, nodes: Tensor, messages: Tensor) -> Tensor:
-    return nodes + (messages @ layer.lin_rel.weight.T + layer.lin_rel.bias + nodes @ layer.lin_root.weight.T).clamp(
-        min=0
-    )
-
-
-def top_attention(queries: Tensor, keys: Tensor, k: int) -> Tensor:
-    logits = queries @ keys.T / math.sqrt(queries.shape[1])
-    lowest = logits.sort(dim=1, descending=True).values[:, [k - 1]]
-    return logits.masked_fill(logits < lowest, -torch.inf).softmax(dim=1)
-
-
-def test_nodes_of_attention_edges_equal_a_dense_recomputation():
+def test_nodes_of_attention_edges_equal_a_dense_recomputation_and_the_adjacency_is_learned():
     fuser = small_gnn(edges="attention", layers=2)
     images, texts, graph = random(9, 12), random(7, 8, seed=1), fuser.graph
+
+    def convolved(layer: nn.Module, nodes: Tensor, messages: Tensor) -> Tensor:
+        return nodes + torch.relu(layer.lin_rel(messages) + layer.lin_root(nodes))
+
     a, b = fuser.project_images(images), fuser.project_texts(texts)
     from_texts = top_attention(graph.image_queries(a), graph.text_keys(b), 3)
     from_images = top_attention(graph.text_queries(b), graph.image_keys(a), 3)
     for to_images, to_texts in zip(graph.to_images, graph.to_texts, strict=True):
-        a, b = convolution_by_hand(to_images, a, from_texts @ b), convolution_by_hand(to_texts, b, from_images @ a)
-    expected = (
-        a + attention_by_hand(fuser.images_see_texts, a, b),
-        b + attention_by_hand(fuser.texts_see_images, b, a),
-    )
-    for found, by_hand in zip(fuser.nodes(images, texts), expected, strict=True):
-        torch.testing.assert_close(found, 4 * F.normalize(by_hand, dim=1), rtol=1e-4, atol=1e-4)
-
-
-def test_the_adjacency_of_attention_edges_is_learned():
-    fuser = small_gnn(edges="attention")
-    fuser.score(random(9, 12), random(7, 8, seed=1)).square().sum().backward()
+        a, b = convolved(to_images, a, from_texts @ b), convolved(to_texts, b, from_images @ a)
+    for found, expected in zip(fuser.nodes(images, texts), attended(fuser, a, b), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    fuser.score(images, texts).square().sum().backward()
     for layer in ("image_queries", "image_keys", "text_queries", "text_keys"):
-        assert getattr(fuser.graph, layer).weight.grad.abs().sum() > 0, layer
-
-
-# --- the bank ------------------------------------------------------------------------------------
-
-
-def test_a_bank_holds_images_of_the_training_set_each_with_a_caption_of_its_own():
-    train, fuser = pairs(20, captions=3), small_gnn(bank=15)
-    fuser.observe(train)
-    rows = [(train.images() == image).all(dim=1).nonzero().item() for image in fuser.bank.images]
-    captions = [(train.captions() == text).all(dim=1).nonzero().item() for text in fuser.bank.texts]
-    assert len(set(rows)) == 15 and train.owner[captions].tolist() == rows
-    assert len({caption % 3 for caption in captions}) == 3, "not the first caption of each"
-    assert fuser.standardize_images.mean.abs().sum() > 0
-
-
-def test_the_seed_chooses_the_bank():
-    banks = []
-    for seed in (1, 1, 2):
-        fuser = small_gnn(bank=5)
-        torch.manual_seed(seed)
-        fuser.observe(pairs(20))
-        banks.append(fuser.bank.images)
-    assert torch.equal(banks[0], banks[1]) and not torch.equal(banks[0], banks[2])
-
-
-def test_a_bank_takes_only_images_that_have_captions():
-    features = PairedFeatures.from_arrays(random(6, 12), random(4, 8, seed=1), [1, 1, 3, 4])
-    fuser = small_gnn(bank=3)
-    fuser.observe(features)
-    assert {tuple(image.tolist()) for image in fuser.bank.images} == {
-        tuple(image.tolist()) for image in features.images([1, 3, 4])
-    }
-    with pytest.raises(MmkitError, match=r"takes 4 images with captions, and the training set has 3.*bank=3"):
-        small_gnn(bank=4).observe(features)
-
-
-def test_a_bank_that_cannot_work_is_refused():
-    with pytest.raises(MmkitError, match=r"bank is empty.*fuser\.observe"):
-        small_gnn(bank=4).score(random(3, 12), random(3, 8))
-    with pytest.raises(MmkitError, match="No bank of 4 with edges 'mutual'"):
-        small_gnn(bank=4, edges="mutual")
-    with pytest.raises(MmkitError, match="No bank of -1"):
-        small_gnn(bank=-1)
-
-
-def own_by_hand(fuser: MultimodalGNN, train: PairedFeatures, rows: list[int], captions: list[int]) -> tuple:
-    """From the rows of the training set that the bank and the batch come from."""
-    banked = [(train.images() == image).all(dim=1).nonzero().item() for image in fuser.bank.images]
-    return tuple(
-        torch.tensor([[row == place for place in banked] for row in of])
-        for of in (rows, train.owner[captions].tolist())
-    )
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("layers", [0, 1, 2])
-def test_nodes_with_a_bank_equal_a_dense_recomputation(training, layers):
-    train, fuser = pairs(20), with_bank(layers=layers, dropout=0.0).train(training)
-    rows = list(range(12))
-    captions = [0, 1, 5, 6, 9, 14, 20]
-    hidden = own_by_hand(fuser, train, rows, captions)
-    assert hidden[0].any() and hidden[1].any()
-    if not training:
-        hidden = tuple(torch.zeros_like(own) for own in hidden)
-    batch = fuser.prepare(train.images(rows), train.captions(captions))
-    bank = fuser.prepare(fuser.bank.images, fuser.bank.texts)
-    graphs, projections = (fuser.image_graph, fuser.text_graph), (fuser.project_images, fuser.project_texts)
-    found = []
-    for graph, project, kept, features, own in zip(graphs, projections, bank, batch, hidden, strict=True):
-        adjacency = torch.zeros(BANK + len(features), BANK + len(features))
-        for (neighbour, node), weight in brute_force_edges(kept, None, 3).items():
-            adjacency[node, neighbour] = weight
-        for node, vector in enumerate(features):
-            seen = (~own[node]).nonzero().flatten()
-            for (neighbour, _), weight in brute_force_edges(kept[seen], vector[None], 3).items():
-                adjacency[BANK + node, seen[neighbour]] = weight
-        found.append(layers_by_hand(graph, adjacency, project(torch.cat([kept, features]))))
-    (bank_a, a), (bank_b, b) = ((nodes[:BANK], nodes[BANK:]) for nodes in found)
-    expected = (
-        a + attention_by_hand(fuser.images_see_texts, a, bank_b, hidden[0]),
-        b + attention_by_hand(fuser.texts_see_images, b, bank_a, hidden[1]),
-    )
-    for nodes, by_hand in zip(fuser.nodes(train.images(rows), train.captions(captions)), expected, strict=True):
-        torch.testing.assert_close(nodes, 4 * F.normalize(by_hand, dim=1), rtol=1e-4, atol=1e-4)
-
-
-def test_in_training_a_caption_of_two_images_is_hidden_from_the_image_of_its_batch_alone():
-    texts = random(8, 8, seed=1)
-    texts[6] = texts[0]  # said of image 0 and of image 3
-    train = PairedFeatures.from_arrays(random(4, 12), texts, [0, 0, 1, 1, 2, 2, 3, 3])
-    fuser = small_gnn(bank=4).train()
-    fuser.observe(train)
-    place = [(fuser.bank.images == image).all(dim=1).nonzero().item() for image in train.images()]
-
-    def hidden(rows: list[int], captions: list[int]) -> list[set[int]]:
-        own = fuser.bank.own(train.images(rows), train.captions(captions))[1]
-        return [{image for image in range(4) if row[place[image]]} for row in own]
-
-    assert hidden([0, 1], [0, 1, 2]) == [{0}, {0}, {1}]
-    assert hidden([3, 1], [6, 7, 3]) == [{3}, {3}, {1}]
-    assert hidden([0, 3], [0, 6]) == [{0, 3}, {0, 3}]
-    assert not any(own.any() for own in fuser.eval().bank.own(train.images(), train.captions()))
-
-
-def test_a_bank_that_would_be_hidden_whole_is_seen_whole():
-    train = pairs(1)
-    fuser = small_gnn(bank=1).train()
-    fuser.observe(train)
-    assert not any(own.any() for own in fuser.bank.own(train.images(), train.captions()))
-    assert torch.isfinite(fuser.score(train.images(), train.captions())).all()
-
-
-# --- the heterogeneous graph ---------------------------------------------------------------------
+        assert getattr(graph, layer).weight.grad.abs().sum() > 0, layer
 
 
 def test_the_heterogeneous_graph_has_four_relations_searched_by_themselves():
@@ -460,14 +283,11 @@ def test_the_heterogeneous_graph_has_four_relations_searched_by_themselves():
     assert data.validate() and set(data.edge_types) == set(RELATIONS)
     a, b = data["image"].x, data["text"].x
     torch.testing.assert_close(a, fuser.project_images(images))
-    expected = {
-        ("image", "near", "image"): brute_force_edges(images, None, 3),
-        ("text", "near", "text"): brute_force_edges(texts, None, 3),
-        ("image", "like", "text"): brute_force_edges(a, b, 3),
-        ("text", "like", "image"): brute_force_edges(b, a, 3),
-    }
-    for relation, edges in expected.items():
-        assert {tuple(edge) for edge in data[relation].edge_index.T.tolist()} == edges.keys(), relation
+    ends = {("image", "image"): (images, None), ("text", "text"): (texts, None)}
+    ends |= {("image", "text"): (a, b), ("text", "image"): (b, a)}
+    for source, name, target in RELATIONS:
+        found = {tuple(edge) for edge in data[source, name, target].edge_index.T.tolist()}
+        assert found == brute_force_edges(*ends[source, target], 3).keys(), (source, target)
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2])
@@ -481,88 +301,7 @@ def test_nodes_of_the_heterogeneous_graph_equal_a_loop(layers):
             layer, edges = convolution.convs[source, name, target], data[source, name, target].edge_index
             for node, vector in enumerate(nodes[target]):
                 mean = nodes[source][edges[0, edges[1] == node]].mean(dim=0)
-                update = layer.lin_l(mean) + layer.lin_r(vector)
-                updates[target][node] += update / 2  # two relations lead to each kind of node
+                updates[target][node] += (layer.lin_l(mean) + layer.lin_r(vector)) / 2  # two relations lead to each
         nodes = {kind: x + updates[kind].clamp(min=0) for kind, x in nodes.items()}
     for found, kind in zip(fuser.nodes(images, texts), ("image", "text"), strict=True):
         torch.testing.assert_close(found, 4 * F.normalize(nodes[kind], dim=1), rtol=1e-4, atol=1e-4)
-
-
-# --- hubness -------------------------------------------------------------------------------------
-
-
-def small_towers() -> TwoTower:
-    torch.manual_seed(0)
-    return TwoTower(12, 8, 16).eval()
-
-
-def cosines(fuser: TwoTower, images: Tensor, texts: Tensor) -> Tensor:
-    a, b = fuser.nodes(images, texts)
-    return F.cosine_similarity(a[:, None], b[None], dim=2)
-
-
-@pytest.mark.parametrize(("images", "texts"), [(14, 12), (1, 1), (3, 20)])
-def test_csls_equals_the_papers_formula(images, texts):
-    towers, a, b = small_towers(), random(images, 12), random(texts, 8, seed=1)
-    cosine = cosines(towers, a, b)
-    near_images = torch.stack([row.sort(descending=True).values[:4].mean() for row in cosine])
-    near_texts = torch.stack([column.sort(descending=True).values[:4].mean() for column in cosine.T])
-    expected = towers.log_scale.exp() * (2 * cosine - near_images[:, None] - near_texts)
-    torch.testing.assert_close(HubnessCorrected(towers, k=4).score(a, b), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_inverted_softmax_ranks_as_the_papers_probabilities_in_both_directions():
-    towers, a, b = small_towers(), random(14, 12), random(12, 8, seed=1)
-    logits = cosines(towers, a, b) / towers.log_temperature.exp()
-    scores = HubnessCorrected(towers, "inverted-softmax").score(a, b)
-    assert torch.equal(scores.argsort(dim=1), logits.softmax(dim=0).argsort(dim=1))
-    assert torch.equal(scores.argsort(dim=0), logits.softmax(dim=1).argsort(dim=0))
-    assert not torch.equal(scores.argsort(dim=1), logits.argsort(dim=1))
-
-
-@pytest.mark.parametrize("method", ["csls", "inverted-softmax"])
-def test_a_corrected_fuser_keeps_the_contract(method, monkeypatch):
-    fuser, images, texts = HubnessCorrected(small_towers(), method).eval(), random(9, 12), random(9, 8, seed=1)
-    a, b = fuser.nodes(images, texts)
-    scores = fuser.score(images, texts)
-    assert a.shape == b.shape == fuser(images, texts).shape == (9, fuser.width) == (9, fuser.fused_dim)
-    by_pair = torch.stack([torch.cat([fuser.match(i[None], t[None]) for t in b]) for i in a])
-    torch.testing.assert_close(scores, by_pair, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(scores, fuser.similarities(a, b) * fuser.fuser.log_scale.exp())
-    assert mmkit.permutation_gap(fuser, images, texts) < 1e-4
-    assert fuser.transductive and (fuser.score(images[:4], texts[:4]) - scores[:4, :4]).abs().max() > 0.01
-    monkeypatch.setattr(mmkit.hubness, "_BLOCK_ROWS", 2)
-    torch.testing.assert_close(fuser.score(images, texts), scores)
-
-
-@pytest.mark.parametrize("method", ["csls", "inverted-softmax"])
-def test_a_correction_frees_the_captions_of_a_hub(method):
-    towers = TwoTower(6, 6, 6)
-    with torch.no_grad():
-        for layer in (towers.project_images, towers.project_texts):
-            layer.weight.copy_(torch.eye(6))
-            layer.bias.zero_()
-    texts = torch.eye(6)[:5] + 0.9
-    images = torch.cat([torch.eye(6)[:5] * 0.35 + torch.eye(6)[5] * 0.3, torch.ones(1, 6)])  # the last is near to all
-    features = PairedFeatures.from_arrays(images, texts, range(5))
-    plain, corrected = (
-        mmkit.retrieval_report(fuser, features).text_to_image.r1 for fuser in (towers, HubnessCorrected(towers, method))
-    )
-    assert plain == 0 and corrected == 1
-
-
-def test_reports_take_a_corrected_fuser():
-    fuser, features = HubnessCorrected(small_towers()), pairs(12)
-    report = mmkit.matching_report(fuser, features, mmkit.choose_thresholds(fuser, features))
-    assert report["random"].pool == (12, 24) and 0 <= report["hard"].accuracy <= 1
-
-
-def test_what_cannot_be_corrected_is_refused(tmp_path):
-    with pytest.raises(MmkitError, match="MultimodalGNN does not score by cosine"):
-        HubnessCorrected(small_gnn())
-    with pytest.raises(MmkitError, match=r"No method 'mean'\. Valid names: csls, inverted-softmax"):
-        HubnessCorrected(small_towers(), "mean")
-    with pytest.raises(MmkitError, match="k is 0"):
-        HubnessCorrected(small_towers(), k=0)
-    with pytest.raises(MmkitError, match=r"save \.fuser"):
-        HubnessCorrected(small_towers()).save_pretrained(tmp_path)
