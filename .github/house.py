@@ -8,17 +8,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 TOP = Path(__file__).parent.parent
-# Rooms from the ground up; a row is a lesson or two.
+# Rooms from the ground up, each with its place from the left; an arrow of an import leads down, past all other rooms.
 ROWS = (
-    ("support", "profiles"),
-    ("scenes", "folders"),
-    ("data", "preprocess", "encoders"),
-    ("store", "features"),
-    ("fusers", "baselines", "losses"),
-    ("training", "evaluation", "diagnostics"),
-    ("graphs", "regions", "lora"),
-    ("checkpoints", "results"),
-    ("plots", "__main__"),
+    {"support": 3.0},
+    {"scenes": 4.2, "folders": 6.8, "profiles": 9.8},
+    {"data": 4.8, "preprocess": 7.8},
+    {"store": 1.4, "encoders": 9.4},
+    {"features": 6.0},
+    {"fusers": 6.0},
+    {"baselines": 1.0, "losses": 3.8},
+    {"lora": 0.6, "training": 3.2, "evaluation": 6.4, "regions": 9.2, "graphs": 12.0},
+    {"diagnostics": 1.2, "results": 5.4, "checkpoints": 9.8},
+    {"plots": 4.6, "__main__": 9.8},
 )
 WHAT = {
     "support": "errors, progress", "profiles": "the one knob", "scenes": "draws the dataset", "folders": "reads yours",
@@ -41,9 +42,9 @@ def imports() -> dict[str, list[str]]:
             node for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)
         ]
         names = {(node.module or "").removeprefix("mmkit.").split(".")[0] for node in nodes}
-        direct[room] = {
-            name for name in names if name in rooms and name != room and (len(files) == 1 or name in ROWS[0])
-        }
+        if len(files) > 1:  # within a sub-package only what is below it counts
+            names &= {"support", "profiles"}
+        direct[room] = (names & set(rooms)) - {room}
 
     def reached(room: str) -> set[str]:
         return direct[room].union(*(reached(other) for other in direct[room]))
@@ -53,27 +54,24 @@ def imports() -> dict[str, list[str]]:
 
 def draw(arrows: dict[str, list[str]]) -> Figure:
     figure = Figure(figsize=(9, 8.2), layout="constrained")
-    axis, place = figure.add_subplot(), {}
+    axis, boxes = figure.add_subplot(), {}
     for height, row in enumerate(ROWS):
-        for at, room in enumerate(row):
-            place[room] = (at + 0.5) * 12 / len(row) + (0.5 if height % 2 else -0.5), height * 1.3
+        for room, x in row.items():
+            core = room not in ("plots", "__main__", "support", "profiles", "scenes", "folders")
+            box = {"boxstyle": "round,pad=0.45", "facecolor": "#FBE9C6" if core else "#D9E8F3", "edgecolor": "#444444"}
+            says = {"ha": "center", "va": "center", "fontsize": 8.5, "linespacing": 1.35, "zorder": 3}
+            boxes[room] = axis.text(x, height, f"{room}\n{WHAT[room]}", bbox=box, **says)
     for room, others in arrows.items():
         for other in others:
-            (x, y), (u, v) = place[room], place[other]
-            look = {"arrowstyle": "->", "color": "#6B6B6B", "lw": 1, "alpha": 0.75, "connectionstyle": "arc3,rad=0.06"}
-            side = (1.1 if u > x else -1.1) if v == y else 0  # of a room in the same row
-            ends = ((u - side, v), (x + side, y)) if side else ((u, v + 0.36), (x, y - 0.36))
-            axis.annotate("", *ends, arrowprops=look)
-    for room, (x, y) in place.items():
-        colour = "#D9E8F3" if room in ("plots", "__main__", "support", "profiles", "scenes", "folders") else "#FBE9C6"
-        box = {"boxstyle": "round,pad=0.45", "facecolor": colour, "edgecolor": "#444444", "linewidth": 0.8}
-        axis.text(x, y, f"{room}\n{WHAT[room]}", ha="center", va="center", fontsize=8.5, bbox=box, linespacing=1.35)
-    axis.set(xlim=(-1, 13), ylim=(-0.7, (len(ROWS) - 1) * 1.3 + 0.7))
+            ends = {"patchA": boxes[room].get_bbox_patch(), "patchB": boxes[other].get_bbox_patch()}
+            look = {"arrowstyle": "->", "color": "#6B6B6B", "shrinkA": 1, "shrinkB": 2}
+            axis.annotate("", boxes[other].get_position(), boxes[room].get_position(), arrowprops=look | ends)
+    axis.set(xlim=(-0.8, 13.2), ylim=(-0.4, len(ROWS) - 0.6))
     axis.axis("off")
     return figure
 
 
 if __name__ == "__main__":
-    found = imports()
+    arrows = imports()
     # the arrows are kept in the picture, so that a test can tell whether it is of today
-    FigureCanvasAgg(draw(found)).print_png(TOP / ".github" / "house.png", metadata={"Description": json.dumps(found)})
+    FigureCanvasAgg(draw(arrows)).print_png(TOP / ".github" / "house.png", metadata={"Description": json.dumps(arrows)})

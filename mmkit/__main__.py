@@ -145,11 +145,11 @@ def train(arguments: argparse.Namespace) -> None:
     dataset, encoders, features = _load(profile, grids=parts, tokens=parts)
     pairs, validation = (_split(profile, dataset, features, name) for name in ("train", "val"))
     ids = [dataset.fingerprint(), pairs.image_ids.tolist(), validation.image_ids.tolist()]
-    learnt = (_weights(encoders), hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16])
-    by = mmkit.training_recipe(arguments.fuser, profile, *learnt, arguments.false, arguments.accumulate)
+    weights_and_data = (_weights(encoders), hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16])
+    recipe = mmkit.training_recipe(arguments.fuser, profile, *weights_and_data, arguments.false, arguments.accumulate)
     main = PartialState().is_main_process  # of the processes of torchrun or accelerate launch
     state = out.with_name(f"{out.name}.state")  # the same command goes on from here
-    if broadcast_object_list([main and is_trained(out, by)])[0]:
+    if broadcast_object_list([main and is_trained(out, recipe)])[0]:
         if main:
             shutil.rmtree(state, ignore_errors=True)  # of a run that was killed when all was saved
             print(f"{out} is this training, finished; to repeat it, delete it or name another --out")
@@ -162,7 +162,7 @@ def train(arguments: argparse.Namespace) -> None:
     if not main:
         return
     thresholds = mmkit.choose_thresholds(fuser, validation, profile.seed)
-    mmkit.save_checkpoint(out, fuser, by, thresholds, history, pairs)
+    mmkit.save_checkpoint(out, fuser, recipe, thresholds, history, pairs)
     shutil.rmtree(state, ignore_errors=True)
     best = history.rows[history.best_epoch]
     closed = "gradient_steps" in best
@@ -171,13 +171,13 @@ def train(arguments: argparse.Namespace) -> None:
     print(f"validation loss {best['validation_loss']:.3f}; saved as {out}")
 
 
-def is_trained(folder: Path, by: dict) -> bool:
-    """Whether `folder` holds a whole checkpoint that was trained `by` this `training_recipe`."""
+def is_trained(folder: Path, recipe: dict) -> bool:
+    """Whether `folder` holds a whole checkpoint that was trained by this `training_recipe`."""
     try:
         training = mmkit.load_checkpoint(folder)[1]
     except mmkit.MmkitError:
         return False
-    return all(training.get(key) == value for key, value in json.loads(json.dumps(by)).items())
+    return all(training.get(key) == value for key, value in json.loads(json.dumps(recipe)).items())
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -234,7 +234,7 @@ def script(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mmkit", description="Image–text fusion, learnt by building it.")
+    parser = argparse.ArgumentParser(prog="mmkit", description="Image–text fusion, weights_and_data by building it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     data, changed, missing = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     data.add_argument("--profile", help="mini, photos or coco (default: MMKIT_PROFILE, else mini)")

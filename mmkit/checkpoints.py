@@ -76,16 +76,16 @@ def training_recipe(
 
 
 def save_checkpoint(
-    folder: str | Path, fuser: PairFuser, by: dict, thresholds: dict[str, float], history: History,
+    folder: str | Path, fuser: PairFuser, recipe: dict, thresholds: dict[str, float], history: History,
     train: PairedFeatures | None = None, report: dict | None = None,
 ) -> Path:  # fmt: skip
     """Write `model.safetensors`, `config.json`, `training.json` and a model card into `folder`, whole or not at all.
 
-    `by` is the `training_recipe`; the card, `README.md`, also tells the size of `train`, the training split, and the
+    `recipe` is the `training_recipe`; the card, `README.md`, also tells the size of `train`, the training split, and
     figures of a `report` of `report_json`. An earlier checkpoint is replaced; any other folder is left alone."""
     folder = Path(folder)
     check_free_for_checkpoint(folder)
-    training = by | {"thresholds": thresholds, "history": asdict(history)}
+    training = recipe | {"thresholds": thresholds, "history": asdict(history)}
     if train is not None:
         training["train"] = {"images": len(train), "captions": len(train.image_index)}
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -78,6 +78,17 @@ class CaptionDataset:
             image_index=np.repeat(np.arange(len(images)), [len(of_image) for of_image in captions]),
         )
 
+    def of_features(self, image_ids: Sequence[int], image_index: np.ndarray) -> "CaptionDataset":
+        """The part that features are of, in their order. An error if their images or captions are not in here."""
+        position = {image_id: place for place, image_id in enumerate(self.image_ids)}
+        if missing := [image_id for image_id in image_ids if image_id not in position]:
+            what = f"{len(missing):,} images of the features are not in the dataset, the first with id {missing[0]}."
+            raise MmkitError(f"{what} Remedy: give the dataset that the features were extracted from.")
+        chosen = self.select([position[image_id] for image_id in image_ids])
+        if not np.array_equal(chosen.image_index, image_index):
+            raise MmkitError("The dataset's captions are not those of the features. Remedy: features.select(images)")
+        return chosen
+
     def splits(self, val_fraction: float, test_fraction: float, seed: int = 0) -> dict[str, np.ndarray]:
         """Positions of the images of "train", "val" and "test"; no image is in two of them. Splits that the annotations
         give ("restval" is train) stay, as do the new combinations of drawn scenes, a fourth part, "new". The others are

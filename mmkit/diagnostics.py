@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,18 +27,6 @@ class Diagnostic:
     pairs: int
 
 
-def _dataset_of(dataset: CaptionDataset, features: PairedFeatures) -> CaptionDataset:
-    """The part of the dataset that the features are of, in their order."""
-    position = {image: place for place, image in enumerate(dataset.image_ids)}
-    if missing := [image for image in features.image_ids.tolist() if image not in position]:
-        what = f"{len(missing):,} images of the features are not in the dataset, the first with id {missing[0]}."
-        raise MmkitError(f"{what} Remedy: give the dataset that the features were extracted from.")
-    chosen = dataset.select([position[image] for image in features.image_ids.tolist()])
-    if not np.array_equal(chosen.image_index, features.image_index):
-        raise MmkitError("The dataset's captions are not those of the features. Remedy: features.select(images)")
-    return chosen
-
-
 def _as_captions(
     features: PairedFeatures, texts: Sequence[str], images: Sequence[int], encoders: Encoders, cache: str | Path,
     precision: str,
@@ -58,7 +45,7 @@ def diagnostic_pairs(
 
     `dataset` is the one that the features were extracted from; `cache` and `precision` are those of the extraction.
     The positions in the result are rows of `features`. Facts that none of the images has are left out."""
-    chosen, pairs, start = _dataset_of(dataset, features), {}, 0
+    chosen, pairs, start = dataset.of_features(features.image_ids.tolist(), features.image_index.numpy()), {}, 0
     every = [one for one in (chosen.diagnostic_negatives(fact, seed) for fact in facts) if one.texts]
     texts = [text for one in every for text in one.texts]
     images = [image for one in every for image in one.image_index.tolist()]
@@ -77,7 +64,7 @@ def false_captions(
     """Captions with one of these facts changed, for `fit` to learn from: those of every fact and seed, each text once.
 
     The seeds should not be the one that `diagnostic_pairs` draws from, although other images are judged."""
-    chosen = _dataset_of(dataset, features)
+    chosen = dataset.of_features(features.image_ids.tolist(), features.image_index.numpy())
     made: set[tuple[int, int, str]] = set()
     for part in (chosen.diagnostic_negatives(fact, seed) for fact in facts for seed in seeds):
         made |= {*zip(part.image_index.tolist(), part.captions.tolist(), part.texts, strict=True)}

@@ -1,4 +1,4 @@
-"""Matching and retrieval under named protocols, how sure a figure is, and two checks that expose a leak."""
+"""Matching and retrieval under named protocols, and how sure a figure is."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -34,9 +34,7 @@ def tokenized(
     """The same features with the token ids of their captions, as `with_token_ids` needs them: of the dataset that they,
     or a larger selection, were extracted from, or of texts in their order. An error if they do not fit."""
     if isinstance(captions, CaptionDataset):
-        position = {image_id: row for row, image_id in enumerate(captions.image_ids)}
-        chosen = captions.select([position[image] for image in features.image_ids.tolist() if image in position])
-        captions = chosen.captions if np.array_equal(chosen.image_index, features.image_index) else ()
+        captions = captions.of_features(features.image_ids.tolist(), features.image_index.numpy()).captions
     if len(captions) != (n := len(features.image_index)):
         raise MmkitError(f"These captions are not the {n:,} of the features. Remedy: give the dataset that they are of")
     return replace(features, token_ids=token_ids(captions, preprocessor))

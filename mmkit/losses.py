@@ -11,7 +11,7 @@ from accelerate.utils import gather, pad_across_processes, reduce
 from torch import Tensor, nn
 
 from .features import pad_cat
-from .fusers import PairFuser, cosines
+from .fusers import TEMPERATURE, PairFuser, cosines
 from .support import MmkitError
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 0.5
@@ -62,7 +62,7 @@ def sample_negatives(sims: Tensor, image_index: Tensor, hardness: float = 1.0) -
     rows = other.any(dim=1).nonzero().squeeze(1)
     if not len(rows):
         return rows, rows
-    sims = (hardness * sims / 0.07).nan_to_num()  # the losses report what is not finite; sampling must not fail first
+    sims = (hardness * sims / TEMPERATURE).nan_to_num()  # the losses report what is not finite, not the sampling
     random = other[rows].float()
     hard_texts = sims.masked_fill(~other, -torch.inf)[rows].softmax(dim=1)
     hard_images = sims.T.masked_fill(~other, -torch.inf)[rows].softmax(dim=1)
@@ -73,31 +73,31 @@ def sample_negatives(sims: Tensor, image_index: Tensor, hardness: float = 1.0) -
 
 class Batch(NamedTuple):
     """B pairs, and F captions that are false of one of their images. Where processes share the pairs, `images` and the
-    captions are those of the own share."""
+    captions are those of this process's share."""
 
     images: Tensor  # (U, image_dim), each once
     texts: Tensor  # (B + 2·F, text_dim): captions, false captions, and the true ones that those were made from
     image_index: Tensor  # (B,), the image of each caption: its row in `images`, where pairs are not shared
     accused: Tensor  # (F,), a pair of the image of each false caption
-    own_index: Tensor  # (B,) or the own share of it, rows of `images`
+    share_index: Tensor  # (B,) or the share of this process, rows of `images`
 
 
 class _Gather(torch.autograd.Function):
     """Rows of all processes, as many of each; the gradient of a row is the sum of what all processes find for it."""
 
     @staticmethod
-    def forward(ctx, own: Tensor) -> Tensor:
-        ctx.rows = len(own)
-        return gather(own)
+    def forward(ctx, part: Tensor) -> Tensor:
+        ctx.rows = len(part)
+        return gather(part)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         return reduce(gradient, "sum").split(ctx.rows)[PartialState().process_index]
 
 
-def gathered(own: Tensor) -> Tensor:
-    """`own` rows and those of all other processes, with gradients, as open_clip's; shorter stacks end in zeros."""
-    return _Gather.apply((pad_across_processes(own, dim=1) if own.ndim == 3 else own).contiguous())
+def gathered(part: Tensor) -> Tensor:
+    """Rows of `part` and those of all other processes, with gradients, as open_clip's; shorter stacks end in zeros."""
+    return _Gather.apply((pad_across_processes(part, dim=1) if part.ndim == 3 else part).contiguous())
 
 
 class JointLoss(nn.Module):
@@ -111,7 +111,7 @@ class JointLoss(nn.Module):
         self.fuser, self.process, self.processes = fuser, state.process_index, state.num_processes
         self.shares_pairs = self.processes > 1 and not fuser.transductive
 
-    def own(self, total: int) -> slice:
+    def share_of(self, total: int) -> slice:
         """This process's share of `total` pairs."""
         return slice(self.process * total // self.processes, (self.process + 1) * total // self.processes)
 
@@ -132,24 +132,24 @@ class JointLoss(nn.Module):
             sims = self.fuser.similarities(image_nodes, text_nodes[: len(batch.image_index)])
             # index_select's backward, unlike indexing's, adds in a fixed order
             return image_nodes, text_nodes, batch.image_index, sims.index_select(0, batch.image_index)
-        captions = gathered(text_nodes[: len(batch.own_index)])
-        sims = gathered(self.fuser.similarities(image_nodes, captions).index_select(0, batch.own_index))
-        images = gathered(image_nodes.index_select(0, batch.own_index))
-        text_nodes = pad_cat([captions, text_nodes[len(batch.own_index) :]])
+        captions = gathered(text_nodes[: len(batch.share_index)])
+        sims = gathered(self.fuser.similarities(image_nodes, captions).index_select(0, batch.share_index))
+        images = gathered(image_nodes.index_select(0, batch.share_index))
+        text_nodes = pad_cat([captions, text_nodes[len(batch.share_index) :]])
         return images, text_nodes, torch.arange(len(images), device=images.device), sims
 
     def forward(self, batch: Batch, hardness: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         image_nodes, text_nodes, image_of, sims = self.nodes(batch)
         contrastive = info_nce(sims, self.fuser.log_temperature, batch.image_index)
-        negatives, own = sample_negatives(sims, batch.image_index, hardness), self.own(len(sims))
-        image_rows, text_rows = (rows.view(4, -1)[:, own].flatten() for rows in negatives)  # four for each caption
+        negatives, share = sample_negatives(sims, batch.image_index, hardness), self.share_of(len(sims))
+        image_rows, text_rows = (rows.view(4, -1)[:, share].flatten() for rows in negatives)  # four for each caption
         captions = torch.arange(len(text_nodes), device=sims.device)
-        images = torch.cat([image_of[own], image_of.index_select(0, image_rows), *[image_of[batch.accused]] * 2])
-        texts = torch.cat([captions[own], text_rows, captions[len(sims) :]])
+        images = torch.cat([image_of[share], image_of.index_select(0, image_rows), *[image_of[batch.accused]] * 2])
+        texts = torch.cat([captions[share], text_rows, captions[len(sims) :]])
         with self.own_randomness():
             logits = self.fuser.match(image_nodes.index_select(0, images), text_nodes.index_select(0, texts))
         count = len(batch.accused)
         pairs, false, true = logits.tensor_split((len(logits) - 2 * count, len(logits) - count))
-        matched = torch.arange(len(pairs), device=logits.device) < own.stop - own.start
+        matched = torch.arange(len(pairs), device=logits.device) < share.stop - share.start
         contradiction = contradiction_loss(true, false) if count else logits.new_zeros(())
         return contrastive, matching_loss(pairs, matched), contradiction

@@ -16,7 +16,7 @@ from .folders import open_image, to_rgb
 from .support import MmkitError, packaged_file
 
 # Denormal numbers count as zero: late in training they make a CPU many times slower. A worker thread of torch takes the
-# setting when it starts, and every module with torch code imports this one, so it is set before the first of them.
+# setting when it starts, and every module that computes with torch imports this one, so it is set before the first.
 torch.set_flush_denormal(True)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

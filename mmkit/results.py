@@ -82,7 +82,7 @@ class Results:
         mean ± t(0.975, n − 1) · deviation / √n. Of many comparisons at once one in twenty lies beyond it by chance."""
         apart = (self.values(variant, figure) - self.values(reference, figure)).dropna()
         if len(apart) < 2:
-            raise MmkitError(f"{self.name}: {variant!r} and {reference!r} share no two seeds. Remedy: run.py --seeds 5")
+            raise MmkitError(f"{self.name}: {variant!r} and {reference!r} share no two seeds. Remedy: make results")
         mean, half = float(apart.mean()), float(stats.t.ppf(0.975, len(apart) - 1) * apart.sem())
         return Difference(mean, Interval(mean - half, mean + half), len(apart))
 

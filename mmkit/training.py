@@ -66,10 +66,10 @@ class PairBatches(Dataset):
             texts = [self.false.features.captions(chosen), self.features.captions(self.false.captions[chosen])]
             by_image = image_index.argsort(stable=True)  # a pair for each image
             accused = by_image[torch.searchsorted(image_index[by_image], accused)]
-        share = self.losses.own(len(captions)) if self.losses.shares_pairs else slice(None)
-        rows, own_index = image_index[share].unique(return_inverse=True)
+        share = self.losses.share_of(len(captions)) if self.losses.shares_pairs else slice(None)
+        rows, share_index = image_index[share].unique(return_inverse=True)
         texts = pad_cat([self.features.captions(captions[share]), *texts])
-        return Batch(self.features.images(images[rows]), texts, image_index, accused, own_index)
+        return Batch(self.features.images(images[rows]), texts, image_index, accused, share_index)
 
 
 def warmup_cosine(step: int, steps: int) -> float:

@@ -238,7 +238,7 @@ def test_a_batch_holds_each_image_once_and_leads_each_caption_to_its_own():
         batch, images = PairBatches(PAIRS, JointLoss(small())).__getitems__(indices), PAIRS.image_index[indices]
         assert batch.texts.flatten().tolist() == indices and not len(batch.accused)
         assert torch.equal(batch.images[batch.image_index].flatten(), images.float())
-        assert len(batch.images) == len(images.unique()) and torch.equal(batch.own_index, batch.image_index)
+        assert len(batch.images) == len(images.unique()) and torch.equal(batch.share_index, batch.image_index)
 
 
 def test_each_image_of_a_batch_brings_one_of_its_false_captions():
