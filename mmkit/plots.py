@@ -241,13 +241,13 @@ def show_retrieval(
     words = [text for at in captions for text in (dataset.captions[at], *(f"rank {rank}" for rank in range(2, k + 1)))]
     alt = f"{title}: {len(captions)} captions with their {k} best images; the first is right for {true[:, 0].sum()}."
     head = f"{title}: best {k} images of a caption (green frame: its own image)"
-    frames = [GREEN if own else GREY for own in true.flat]
+    frames = [GREEN if right else GREY for right in true.flat]
     show_images([dataset.image(int(image)) for image in best.flat], words, alt, k, head, frames)
 
 
 def show_graph(images: Sequence[Image], captions: Words, edges: Sequence[tuple[int, int, float]], title: str) -> None:
     """Images left, captions right, edges `(image, caption, weight)` as wide as they weigh, green to its own caption."""
-    rows, own = max(len(images), len(captions)), sum(image == caption for image, caption, _ in edges)
+    rows, true = max(len(images), len(captions)), sum(image == caption for image, caption, _ in edges)
     with chart("Graph", title, "", "", 9, 0.95 * rows) as (axis, facts):
         for image, caption, weight in edges:
             look = {"color": GREEN, "linestyle": "-"} if image == caption else {"color": GREY, "linestyle": "--"}
@@ -259,7 +259,9 @@ def show_graph(images: Sequence[Image], captions: Words, edges: Sequence[tuple[i
             axis.text(3.05, -row, textwrap.fill(text, 52), va="center", fontsize=9)
         axis.set(xlim=(-0.05, 6.4), ylim=(-rows + 0.45, 0.55))
         axis.axis("off")
-        facts.append(f"{len(images)} images, {len(captions)} captions joined by {len(edges)} edges, {own} of them true")
+        facts.append(
+            f"{len(images)} images, {len(captions)} captions joined by {len(edges)} edges, {true} of them true"
+        )
 
 
 def show_attention(image: Image, words: Words, weights: Tensor, title: str = "", columns: int = 4) -> None:
