@@ -74,7 +74,10 @@ class Collector:
 
     def add_caption(self, source: Path, image_id: int, raw: str | None) -> None:
         """The file `source` holds a caption of that image, which may be listed later."""
-        whose, where, raw = f"caption of image {image_id}", source.name, " ".join((raw or "").split())
+        raw = " ".join((raw or "").split())
+        if raw.isascii() and raw.isprintable() and 0 < len(raw) <= LONG_CAPTION:  # as nearly all are: nothing to mend
+            return self.captions.setdefault(image_id, []).append(raw)
+        whose, where = f"caption of image {image_id}", source.name
         text = " ".join(CONTROL.sub(" ", raw).split())
         if text != raw:
             self.fault("repaired", f"{whose} held control characters, now spaces", where)
