@@ -77,9 +77,12 @@ class Pool:
 
     @torch.inference_mode()
     def logits(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Match logits `(P,)` of the pairs of these rows `(P,)`."""
+        """Match logits `(P,)` of the pairs of these rows `(P,)`; an error where one is not finite."""
         blocks = zip(*(part.to(self.image_index.device).split(_PAIRS) for part in (images, texts)), strict=True)
-        return torch.cat([self.fuser.match(self.image_nodes[rows], self.text_nodes[cols]) for rows, cols in blocks])
+        logits = torch.cat([self.fuser.match(self.image_nodes[rows], self.text_nodes[cols]) for rows, cols in blocks])
+        if not torch.isfinite(logits).all():
+            raise MmkitError("The fuser's logits hold NaN or infinity; it cannot be evaluated.")
+        return logits
 
 
 @torch.inference_mode()
@@ -163,8 +166,6 @@ def matching_report(
     counts = by_pair.bincount(minlength=len(features))
     for kind, threshold in thresholds.items():
         logits, labels = matching_logits(fuser, features, kind, seed, pool)
-        if not torch.isfinite(logits).all():
-            raise MmkitError("The fuser's logits hold NaN or infinity; it cannot be evaluated.")
         called = logits.double() > threshold  # a threshold may lie between two neighbouring float32
         correct = (called == labels.bool()).double()
         sums = by_pair.bincount(correct, minlength=len(features))
