@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import mmkit
+from mmkit.features import autocast
 from workers import Team
 
 SCENES, PADDED, DECODED, DECODED_BATCH = 150, 16, 600, 25
@@ -198,6 +199,19 @@ def image_vs_plain_loop(bench: Bench) -> Contest:
 def image_vs_plain_loop_float32(bench: Bench) -> Contest:
     """The same in float32 on both sides"""
     return _images(bench, "float32")
+
+
+def image_vs_forward_limit(bench: Bench) -> Contest:
+    """The same as image_vs_plain_loop, against the forward pass alone over decoded batches of four, channels-last, in
+    the same precision: 1 would be decoding for nothing"""
+    encoders, fair = bench.encoders, _images(bench, "auto")
+    pixels = torch.stack([encoders.preprocessor.preprocess_image(bench.dataset.image(at)) for at in range(SCENES)])
+
+    def baseline() -> Tensor:
+        with autocast(encoders, "auto")[0]:
+            return torch.cat([encoders.image(batch).pooled for batch in pixels.split(4)])
+
+    return replace(fair, baseline=baseline)
 
 
 def store_vs_memory(bench: Bench) -> Contest:
@@ -385,9 +399,9 @@ def contests(folder: Path, part: str) -> Iterator[Contest]:
     """Each made, and so warmed up, when its turn comes."""
     makers = (
         decode_vs_plain_loop, decode_two_workers, annotations_vs_json, text_vs_pad512, text_vs_sentence_transformers,
-        image_vs_plain_loop, image_vs_plain_loop_float32, store_vs_memory, memory_10x, fit_vs_bare_loop,
-        score_vs_pairwise, shortlist_vs_all_pairs, ranks_vs_sort, train_two_processes, extract_two_processes,
-        evaluate_once_vs_before,
+        image_vs_plain_loop, image_vs_plain_loop_float32, image_vs_forward_limit, store_vs_memory, memory_10x,
+        fit_vs_bare_loop, score_vs_pairwise, shortlist_vs_all_pairs, ranks_vs_sort, train_two_processes,
+        extract_two_processes, evaluate_once_vs_before,
     )  # fmt: skip
     chosen = [make for make in makers if part in make.__name__]
     if not chosen:
