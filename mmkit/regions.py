@@ -139,12 +139,14 @@ class RegionWordGNN(PartFuser):
     1. `layers` GCN layers (Kipf & Welling 2017, eq. 2) join each cell to its `neighbours` nearest by cosine.
     2. A token receives from the cells, by softmax(2·sharpness·cosine), where and how large it is that it names.
     3. It reads its role, the weight of each entry of that message, from the tokens within `reach`, by a relational
-       graph convolution (Schlichtkrull et al. 2018, eq. 2) over signed distances along the sentence."""
+       graph convolution (Schlichtkrull et al. 2018, eq. 2) over signed distances along the sentence.
+    Who stands where is learnt from 2 and 3, with `layers=0` as well; without `positions` it is not."""
 
     def __init__(self, image_dim: int = 2048, text_dim: int = 768, width: int = 128, layers: int = 1,
-                 neighbours: int = 5, reach: int = 4, feature_dropout: float = 0.3) -> None:  # fmt: skip
+                 neighbours: int = 5, reach: int = 4, feature_dropout: float = 0.3,
+                 positions: bool = True) -> None:  # fmt: skip
         super().__init__(image_dim, text_dim, width, 0.0, feature_dropout)
-        self.neighbours = neighbours
+        self.neighbours, self.positions = neighbours, positions
         self.convolutions = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
         self.role_input = nn.Linear(text_dim, width // 2)
         self.role = nn.Conv1d(width // 2, _MESSAGE, 2 * reach + 1, padding=reach)
@@ -179,7 +181,8 @@ class RegionWordGNN(PartFuser):
         expected = (2 * sharpness * cosine).softmax(dim=-1) @ torch.cat([positions, positions**2], dim=1)
         mean, square = expected.split(2, dim=-1)
         share = torch.sigmoid(sharpness * (cosine - self.fits_from)).mean(dim=-1, keepdim=True)
-        return torch.cat([mean, square - mean**2, share], dim=-1)
+        places = torch.cat([mean, square - mean**2], dim=-1) * self.positions
+        return torch.cat([places, share], dim=-1)
 
     def fuse(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
         """Nodes of pairs → fused vectors `(…, 7)`: role times message (5), alignment, cosine of the pooled vectors."""
