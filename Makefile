@@ -20,7 +20,7 @@ test-slow: env
 test-all: test test-slow
 
 lab: env
-	$(BIN)/jupyter lab notebooks/01_preprocessing.ipynb
+	$(BIN)/jupyter lab notebooks/00_does_it_fit.ipynb
 
 bench: env
 	$(BIN)/python tests/bench/bench.py

@@ -1,8 +1,8 @@
 """The public names, in the order of the lessons."""
 
-# leaves: the one knob, and the errors that a reader can mend
+# leaves: the one knob, the errors that a reader can mend, and whether a result or an answer is as it should be
 from .profiles import Profile, profile
-from .support import MissingFile, MmkitError
+from .support import MissingFile, MmkitError, check, expect
 
 # 1 · pictures and captions, pixels and tokens
 from .data import CaptionDataset, DiagnosticNegatives, load_captions, load_dataset
@@ -36,6 +36,6 @@ from .lora import LoRATextFuser, tokenized
 from .results import Results, load_results
 
 # every figure
-from .plots import browse, plot_bars, plot_differences, plot_histogram, plot_history, plot_lines, plot_map, plot_matrix
-from .plots import plot_recalls, plot_tokens, show_attention, show_graph, show_images, show_pairs
-from .plots import show_region_words, show_retrieval
+from .plots import diagram, figure, plot_bars, plot_differences, plot_graph, plot_histogram, plot_history, plot_lines
+from .plots import plot_map, plot_matrix, plot_tokens, show, show_attention, show_images, show_pairs
+from .plots import show_retrieval

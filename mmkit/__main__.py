@@ -12,10 +12,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-
-import numpy as np
 
 import mmkit
 from mmkit.data import SPLITS
@@ -91,9 +89,6 @@ def _shown(report: dict) -> str:
         recalls = "   ".join(f"R@{k} {row[f'r{k}']:.3f}{between('retrieval', f'{way}.r{k}')}" for k in (1, 5, 10))
         lines.append(f"{way:<15} {recalls}   median rank {row['median_rank']:.0f}")
     lines.append(f"rsum {report['rsum']:.1f}{between('retrieval', 'rsum')}")
-    if folds := report.get("folds"):
-        ways = (f"{way} R@1 {folds[way]['r1']:.3f}" for way in report["retrieval"])
-        lines.append(f"mean of {folds['count']} folds   {'   '.join(ways)}   rsum {folds['rsum']:.1f}")
     for fact, row in report.get("diagnostic", {}).items():
         lines.append(f"one changed fact, {fact:<9} {row['accuracy']:.3f}{between('diagnostic', fact)}")
     return "\n".join(lines)
@@ -204,24 +199,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     matching = mmkit.matching_report(fuser, features, training["thresholds"], profile.seed, pool)
     retrieval = mmkit.retrieval_report(fuser, features, arguments.shortlist, pool)
     report = mmkit.report_json(features, matching, retrieval)
-    if arguments.folds:
-        report["folds"] = folds_report(fuser, features, arguments.folds, arguments.shortlist)
     if dataset.scenes:
         facts = mmkit.diagnostic_report(fuser, features, pairs, pool)
         report["diagnostic"] = {fact: {"accuracy": row.accuracy, "pairs": row.pairs} for fact, row in facts.items()}
         report["intervals"]["diagnostic"] = {fact: row.interval._asdict() for fact, row in facts.items()}
     print(json.dumps(report) if arguments.json else _shown(report))
-
-
-def folds_report(fuser: mmkit.PairFuser, features: mmkit.PairedFeatures, count: int, shortlist: int) -> dict:
-    """COCO's "1K": the mean over `count` disjoint pools of images in order."""
-    if not 2 <= count <= len(features) // 2:
-        raise mmkit.MmkitError(f"{count} folds of {len(features)} images; it takes two, of two images each.")
-    parts = np.array_split(np.arange(len(features)), count)
-    reports = [mmkit.retrieval_report(fuser, features.select(part), shortlist) for part in parts]
-    ways = {way: [asdict(getattr(report, way)) for report in reports] for way in ("image_to_text", "text_to_image")}
-    means = {way: {key: float(np.mean([row[key] for row in rows])) for key in rows[0]} for way, rows in ways.items()}
-    return {"count": count, "rsum": float(np.mean([report.rsum for report in reports]))} | means
 
 
 def script(arguments: argparse.Namespace) -> None:
@@ -234,7 +216,7 @@ def script(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mmkit", description="Image–text fusion, weights_and_data by building it.")
+    parser = argparse.ArgumentParser(prog="mmkit", description="Image–text fusion, learnt by building it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     data, changed, missing = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     data.add_argument("--profile", help="mini, photos or coco (default: MMKIT_PROFILE, else mini)")
@@ -279,7 +261,6 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("checkpoint", type=Path)
     one.add_argument("--split", choices=[*SPLITS, "all"], default="test")
     count(one, "--shortlist", "rank only so many candidates (default: all)", 0)
-    count(one, "--folds", "also the mean over N disjoint pools (COCO's 1K: 5)", 0)
     one.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     for name, help in (("run", "execute the notebooks in order"), ("results", "take the runs behind the tables again")):
         one = commands.add_parser(name, help=help, add_help=False)

@@ -8,7 +8,6 @@ from .features import PairedFeatures
 from .fusers import TEMPERATURE, MultimodalFeatureFuser, PairFuser, Standardize, unit_scale
 from .support import MmkitError
 
-METHODS = ("csls", "inverted-softmax")
 _CHUNK = 8192  # captions whose features are held at a time
 _CALIBRATION = 5000  # captions that scale and threshold are fitted on
 _BLOCK_ROWS = 2048  # nodes whose products with all others are held at a time
@@ -41,9 +40,8 @@ class TwoTower(CosineFuser):
 
     nodes, normalize = MultimodalFeatureFuser.nodes, True
 
-    def __init__(
-        self, image_dim: int = 2048, text_dim: int = 768, width: int = 1024, feature_dropout: float = 0.0
-    ) -> None:
+    def __init__(self, image_dim: int = 2048, text_dim: int = 768, width: int = 1024,
+                 feature_dropout: float = 0.0) -> None:  # fmt: skip
         super().__init__(image_dim, text_dim, width, 0.0, feature_dropout)
         self.project_images, self.project_texts = nn.Linear(image_dim, width), nn.Linear(text_dim, width)
 
@@ -147,28 +145,25 @@ def _moments(features: PairedFeatures) -> tuple[list[Tensor], list[Tensor]]:
 
 class HubnessCorrected(PairFuser):
     """A trained fuser of cosines whose scores are corrected for hubs: items that are near to everything in the pool.
-    "csls" is `2·cos(i, t) - r(i) - r(t)`, r the mean cosine of a node to its 10 nearest of the other modality (Conneau
-    et al. 2018, section 2.3); "inverted-softmax" is `cos(i, t) - m(i) - m(t)` with `m(x) = T · log mean exp(cos / T)`
-    over the other modality, T the fuser's temperature, and ranks as Smith et al. (2017, eq. 10) do. Nothing is trained:
-    the logit is the fuser's scale times this; its threshold depends on the size of the pool."""
+    CSLS is `2·cos(i, t) - r(i) - r(t)`, r the mean cosine of a node to its 10 nearest of the other modality (Conneau et
+    al. 2018, section 2.3). Nothing is trained: the logit is the fuser's scale times this; its threshold depends on the
+    size of the pool."""
 
     transductive = True
 
-    def __init__(self, fuser: CosineFuser, method: str = "csls") -> None:
+    def __init__(self, fuser: CosineFuser) -> None:
         if not isinstance(fuser, CosineFuser):
             raise MmkitError(f"{type(fuser).__name__} does not score by cosine. Remedy: correct a trained TwoTower(…)")
-        if method not in METHODS:
-            raise MmkitError(f"No method {method!r}. Valid names: {', '.join(METHODS)}")
         super().__init__(fuser.image_dim, fuser.text_dim, fuser.width + 1, 0.0, 0.0)
-        self.fuser, self.method, self.log_temperature = fuser, method, fuser.log_temperature
+        self.fuser, self.log_temperature = fuser, fuser.log_temperature
         self.standardize_images, self.standardize_texts = fuser.standardize_images, fuser.standardize_texts
-        self._gain = (2 if method == "csls" else 1) / fuser.width  # nodes have length √width
+        self._gain = 2 / fuser.width  # nodes have length √width
 
     def build_head(self, dropout: float) -> None:
         self.fused_dim = self.width
 
     def nodes(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """The fuser's nodes, and in a last column r or m: `(N, width)`, `(M, width)`."""
+        """The fuser's nodes, and in a last column r: `(N, width)`, `(M, width)`."""
         image_nodes, text_nodes = self.fuser.nodes(images, texts)
         return self._with_offsets(image_nodes, text_nodes), self._with_offsets(text_nodes, image_nodes)
 
@@ -188,11 +183,6 @@ class HubnessCorrected(PairFuser):
         return self.fuser.log_scale.exp() * self.similarities(image_nodes, text_nodes)
 
     def _with_offsets(self, nodes: Tensor, others: Tensor) -> Tensor:
-        products, temperature = (block @ others.T for block in nodes.split(_BLOCK_ROWS)), self.log_temperature.exp()
-        if self.method == "csls":
-            nearest = [block.topk(min(10, len(others)), dim=1).values for block in products]
-            offsets = torch.cat(nearest).mean(dim=1) / self.fuser.width
-        else:
-            sums = [(block / (self.fuser.width * temperature)).logsumexp(dim=1) for block in products]
-            offsets = (torch.cat(sums) - torch.tensor(float(len(others))).log()) * temperature
-        return torch.cat([nodes, offsets[:, None]], dim=1)
+        products, nearest = (block @ others.T for block in nodes.split(_BLOCK_ROWS)), min(10, len(others))
+        means = torch.cat([block.topk(nearest, dim=1).values.mean(dim=1) for block in products])
+        return torch.cat([nodes, means[:, None] / self.fuser.width], dim=1)

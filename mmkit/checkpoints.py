@@ -65,9 +65,8 @@ def check_free_for_checkpoint(folder: Path) -> None:
         raise MmkitError(f"{folder} holds other files. Remedy: name a new folder for the checkpoint.")
 
 
-def training_recipe(
-    name: str, profile: Profile, weights: dict[str, str], data: str = "", false: Sequence[str] = (), accumulate: int = 1
-) -> dict:
+def training_recipe(name: str, profile: Profile, weights: dict[str, str], data: str = "", false: Sequence[str] = (),
+                    accumulate: int = 1) -> dict:  # fmt: skip
     """What a training is decided by, as `training.json` keeps it: `weights` are the digests of the encoders, `data` one
     of the splits, `false` the facts of the false captions that are learnt from, and `accumulate` batches a step."""
     settings = {key: value for key, value in asdict(profile).items() if key not in ("cache", "coco_root")}
@@ -75,10 +74,8 @@ def training_recipe(
     return recipe | {"false": list(false), "accumulate": accumulate}
 
 
-def save_checkpoint(
-    folder: str | Path, fuser: PairFuser, recipe: dict, thresholds: dict[str, float], history: History,
-    train: PairedFeatures | None = None, report: dict | None = None,
-) -> Path:  # fmt: skip
+def save_checkpoint(folder: str | Path, fuser: PairFuser, recipe: dict, thresholds: dict[str, float], history: History,
+                    train: PairedFeatures | None = None, report: dict | None = None) -> Path:  # fmt: skip
     """Write `model.safetensors`, `config.json`, `training.json` and a model card into `folder`, whole or not at all.
 
     `recipe` is the `training_recipe`; the card, `README.md`, also tells the size of `train`, the training split, and

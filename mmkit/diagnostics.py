@@ -27,10 +27,8 @@ class Diagnostic:
     pairs: int
 
 
-def _as_captions(
-    features: PairedFeatures, texts: Sequence[str], images: Sequence[int], encoders: Encoders, cache: str | Path,
-    precision: str,
-) -> PairedFeatures:  # fmt: skip
+def _as_captions(features: PairedFeatures, texts: Sequence[str], images: Sequence[int], encoders: Encoders,
+                 cache: str | Path, precision: str) -> PairedFeatures:  # fmt: skip
     """`texts` as further captions of these images, which have come the same way as the features' own."""
     dtype, image_index = features.manifest.get("dtype", "float16"), torch.tensor(images, dtype=torch.long)
     table = extract_texts(texts, encoders, cache, precision, features.caption_table.has_parts, dtype)
@@ -114,10 +112,8 @@ def permutation_gap(fuser: PairFuser, images: Tensor, texts: Tensor, seed: int =
     return float((scores[rows][:, columns] - reordered).abs().max() / scores.std().clamp(min=1e-12))
 
 
-def noise_recall(
-    train: Callable[[PairedFeatures, PairedFeatures], PairFuser], dims: tuple[int, int], pairs: int = 200,
-    held_out: int = 200, seed: int = 0, parts: tuple[int, int] = (4, 3),
-) -> float:  # fmt: skip
+def noise_recall(train: Callable[[PairedFeatures, PairedFeatures], PairFuser], dims: tuple[int, int], pairs: int = 200,
+                 held_out: int = 200, seed: int = 0, parts: tuple[int, int] = (4, 3)) -> float:  # fmt: skip
     """Caption→image R@1 on held-out pairs of pure noise, after `train(noise, validation)` has seen others.
 
     An honest fuser is at chance, 1 / `held_out`. Anything more is a leak: the pairing reaches the scores by another

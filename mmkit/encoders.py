@@ -113,9 +113,8 @@ class ImageEncoder(_Frozen):
 class TextEncoder(_Frozen):
     """Token ids and mask, both `(B, T)` → `TextOutput`, whose tokens are pooled by "mean" or "cls" (see `pool`)."""
 
-    def __init__(
-        self, name: str, backbone: nn.Module, dim: int, tokenizer: PreTrainedTokenizerBase, pooling: Pooling = "mean"
-    ) -> None:
+    def __init__(self, name: str, backbone: nn.Module, dim: int, tokenizer: PreTrainedTokenizerBase,
+                 pooling: Pooling = "mean") -> None:  # fmt: skip
         super().__init__(name, backbone, dim)
         self.tokenizer, self.pooling = tokenizer, pooling
 
@@ -236,10 +235,9 @@ def _text_encoder(name: str, pretrained: bool, pooling: Pooling) -> TextEncoder:
     return TextEncoder(name, model.float(), config.hidden_size, tokenizer, pooling)
 
 
-def load_encoders(
-    image: str = "efficientnet-lite0", text: str = "minilm-l6", pooling: Pooling = "mean", max_tokens: int = 64,
-    pretrained: bool = True, device: str | torch.device | None = None, squash: bool = False, image_size: int = 0,
-) -> Encoders:  # fmt: skip
+def load_encoders(image: str = "efficientnet-lite0", text: str = "minilm-l6", pooling: Pooling = "mean",
+                  max_tokens: int = 64, pretrained: bool = True, device: str | torch.device | None = None,
+                  squash: bool = False, image_size: int = 0) -> Encoders:  # fmt: skip
     """The encoders of these names (`IMAGE_ENCODERS`, `TEXT_ENCODERS`, "timm:NAME", "hf:NAME") on `device`, by default a
     GPU where there is one. Pictures are prepared as the image encoder was trained to see them, but `squash=True` takes
     the whole picture, deformed, in place of a crop that loses the edges, and `image_size` is another side of the square

@@ -126,9 +126,8 @@ def negative_pairs(features: PairedFeatures, kind: str, seed: int = 0) -> tuple[
     return image_index, torch.cat(nearest)
 
 
-def matching_logits(
-    fuser: PairFuser, features: PairedFeatures, kind: str, seed: int = 0, pool: Pool | None = None
-) -> tuple[Tensor, Tensor]:
+def matching_logits(fuser: PairFuser, features: PairedFeatures, kind: str, seed: int = 0,
+                    pool: Pool | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Match logits `(2M,)` of all true pairs and as many unmatched ones, and their labels in {0, 1}."""
     pool = pool or encode_pool(fuser, features)
     images, texts = negative_pairs(features, kind, seed)
@@ -155,9 +154,8 @@ def choose_thresholds(fuser: PairFuser, validation: PairedFeatures, seed: int = 
     return {kind: best_threshold(*matching_logits(fuser, validation, kind, seed, pool)) for kind in NEGATIVES}
 
 
-def matching_report(
-    fuser: PairFuser, features: PairedFeatures, thresholds: dict[str, float], seed: int = 0, pool: Pool | None = None
-) -> dict[str, Matching]:
+def matching_report(fuser: PairFuser, features: PairedFeatures, thresholds: dict[str, float], seed: int = 0,
+                    pool: Pool | None = None) -> dict[str, Matching]:  # fmt: skip
     """Accuracy, F1, ROC-AUC and average precision for each kind of negatives, at thresholds from `choose_thresholds`.
 
     At 1:1 any constant has accuracy 0.5, and "always matched" has F1 0.667. A logit on the threshold is unmatched."""
@@ -186,9 +184,8 @@ def ranks(scores: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
     return _count_ranks(lambda rows: scores[rows], true, image_index, len(scores))
 
 
-def _count_ranks(
-    score_rows: Callable[[Tensor], Tensor], true: Tensor, image_index: Tensor, images: int
-) -> tuple[Tensor, Tensor]:
+def _count_ranks(score_rows: Callable[[Tensor], Tensor], true: Tensor, image_index: Tensor,
+                 images: int) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`ranks`, a block of images at a time; `true` `(M,)` is each caption's score with its image."""
     image_ranks, caption_ranks = [], torch.zeros_like(image_index)
     for rows in torch.arange(images, device=image_index.device).split(max(1, _BLOCK // max(1, len(image_index)))):
@@ -235,9 +232,8 @@ def shortlist_ranks(pool: Pool, size: int) -> tuple[Tensor, Tensor]:
     return image_ranks, ranks(torch.where(of_captions, logits, behind), pool.image_index)[1]
 
 
-def retrieval_report(
-    fuser: PairFuser, features: PairedFeatures, shortlist: int = 0, pool: Pool | None = None
-) -> Retrieval:
+def retrieval_report(fuser: PairFuser, features: PairedFeatures, shortlist: int = 0,
+                     pool: Pool | None = None) -> Retrieval:  # fmt: skip
     """Rank all captions for each image and all images for each caption; with a `shortlist` see `shortlist_ranks`."""
     pool = pool or encode_pool(fuser, features)
     both = [part.cpu().numpy() for part in (shortlist_ranks(pool, shortlist) if shortlist else pool_ranks(pool))]

@@ -127,10 +127,9 @@ class PairedFeatures:
         return self
 
     @classmethod
-    def from_arrays(
-        cls, images: np.ndarray | Tensor, captions: np.ndarray | Tensor, image_index: Sequence[int] | Tensor,
-        grids: np.ndarray | Tensor | None = None, tokens: np.ndarray | Tensor | None = None,
-    ) -> "PairedFeatures":  # fmt: skip
+    def from_arrays(cls, images: np.ndarray | Tensor, captions: np.ndarray | Tensor,
+                    image_index: Sequence[int] | Tensor, grids: np.ndarray | Tensor | None = None,
+                    tokens: np.ndarray | Tensor | None = None) -> "PairedFeatures":  # fmt: skip
         """Features in memory: `(N, image_dim)`, `(M, text_dim)` and each caption's image; perhaps `grids` `(N, cells,
         image_dim)` and `tokens` `(M, T, text_dim)`, whose rows of zeros are padding."""
         rows = torch.as_tensor(image_index, dtype=torch.long)
@@ -223,10 +222,8 @@ def _encode_texts(texts: Sequence[str], encoders: Encoders, batches: Sequence[li
         yield output.pooled, output.tokens[output.mask.bool()], output.mask.sum(dim=1)
 
 
-def extract_texts(
-    texts: Sequence[str], encoders: Encoders, cache: str | Path, precision: str = "auto", tokens: bool = False,
-    dtype: str = "float16",
-) -> FeatureTable:  # fmt: skip
+def extract_texts(texts: Sequence[str], encoders: Encoders, cache: str | Path, precision: str = "auto",
+                  tokens: bool = False, dtype: str = "float16") -> FeatureTable:  # fmt: skip
     """The features of `texts`, in their order; see `extract_features`. Texts of equal length are encoded together."""
     text, preprocessor, (context, precision) = encoders.text, encoders.preprocessor, autocast(encoders, precision)
     made_from = {"encoder": [text.name, text.digest(), text.pooling], "precision": precision, "dtype": dtype}
@@ -244,10 +241,8 @@ def extract_texts(
         )
 
 
-def extract_features(
-    dataset: CaptionDataset, encoders: Encoders, cache: str | Path, precision: str = "auto", grids: bool = False,
-    tokens: bool = False, dtype: str = "float16",
-) -> PairedFeatures:  # fmt: skip
+def extract_features(dataset: CaptionDataset, encoders: Encoders, cache: str | Path, precision: str = "auto",
+                     grids: bool = False, tokens: bool = False, dtype: str = "float16") -> PairedFeatures:  # fmt: skip
     """The features of all images and captions of a dataset; what the `cache` lacks is extracted now.
 
     It has a store for each encoder, where rows are found by a picture's bytes or a caption's text: a folder that has

@@ -54,6 +54,12 @@ class PairFuser(nn.Module, PyTorchModelHubMixin, library_name="mmkit", license="
     transductive = False  # whether a pair's logit depends on the other members of the pool
     takes_parts = False  # whether an item is a stack of its parts, as `PairedFeatures.with_parts` gives it
 
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        fuses_otherwise = {"build_head", "fuse", "match"} & vars(cls).keys()
+        if fuses_otherwise and "score_nodes" not in vars(cls) and not cls.takes_parts:
+            cls.score_nodes = PairFuser.match_all  # a short cut of another class would score by another rule
+
     def __init__(self, image_dim: int, text_dim: int, width: int, dropout: float, feature_dropout: float,
                  paths: str = "both") -> None:  # fmt: skip
         super().__init__()
@@ -67,7 +73,8 @@ class PairFuser(nn.Module, PyTorchModelHubMixin, library_name="mmkit", license="
         self.log_temperature = nn.Parameter(torch.tensor(TEMPERATURE).log())  # of the contrastive loss
 
     def build_head(self, dropout: float) -> None:
-        """Make the layers of `fuse`, `match` and `score_nodes`; a subclass that fuses otherwise replaces all four."""
+        """Make the layers of `fuse`, `match`, `score_nodes`. A subclass that replaces this or one of the first two is
+        scored pair by pair (`match_all`) unless it has a `score_nodes` of its own."""
         self.match_head = nn.Linear(self.fused_dim, 1)
         if self.paths != "product":
             self.concatenation = nn.Sequential(nn.Linear(2 * self.width, self.width), nn.ReLU(), nn.Dropout(dropout))
@@ -110,6 +117,12 @@ class PairFuser(nn.Module, PyTorchModelHubMixin, library_name="mmkit", license="
             from_images = F.linear(image_nodes, image_part, linear.bias)
             logits = logits + sum_of_relu(from_images, F.linear(text_nodes, text_part), joined)
         return logits
+
+    def match_all(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
+        """Nodes → the logits of all pairs `(N, M)` by `match` itself, a block of pairs at a time."""
+        blocks = image_nodes.split(max(1, _BLOCK // max(1, text_nodes.numel())))
+        pairs = ((block.repeat_interleave(len(text_nodes), 0), text_nodes.repeat(len(block), 1)) for block in blocks)
+        return torch.cat([self.match(*pair) for pair in pairs]).view(len(image_nodes), len(text_nodes))
 
     def similarities(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
         """What the contrastive loss trains: the cosines of all nodes `(N, width)`, `(M, width)` → `(N, M)`."""

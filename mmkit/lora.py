@@ -28,9 +28,8 @@ def token_ids(texts: Sequence[str], preprocessor: MultimodalPreprocessor) -> np.
     return pad_cat(ids).numpy()
 
 
-def tokenized(
-    features: PairedFeatures, captions: CaptionDataset | Sequence[str], preprocessor: MultimodalPreprocessor
-) -> PairedFeatures:
+def tokenized(features: PairedFeatures, captions: CaptionDataset | Sequence[str],
+              preprocessor: MultimodalPreprocessor) -> PairedFeatures:  # fmt: skip
     """The same features with the token ids of their captions, as `with_token_ids` needs them: of the dataset that they,
     or a larger selection, were extracted from, or of texts in their order. An error if they do not fit."""
     if isinstance(captions, CaptionDataset):
@@ -45,9 +44,8 @@ class LoRATextFuser(PairFuser):
     ids `(M, T)`. In a copy of the backbone the linear layers named in `layers` compute `Wx + 16 / rank · B·A·x`; A and
     B, which starts at zero, are trained, and `fuser` in place, which does all that comes after a text's vector."""
 
-    def __init__(
-        self, fuser: PairFuser, encoder: TextEncoder, rank: int = 8, layers: Sequence[str] = ("query", "value")
-    ) -> None:
+    def __init__(self, fuser: PairFuser, encoder: TextEncoder, rank: int = 8,
+                 layers: Sequence[str] = ("query", "value")) -> None:  # fmt: skip
         from peft import LoraConfig, get_peft_model  # takes most of a second, and few need it
 
         if fuser.takes_parts or isinstance(fuser, RegularizedCCA | LoRATextFuser):
@@ -72,12 +70,6 @@ class LoRATextFuser(PairFuser):
 
     def build_head(self, dropout: float) -> None:
         """The head is the fuser's, as is all that comes after the nodes."""
-
-    @property
-    def parameter_counts(self) -> tuple[int, int]:
-        """How many parameters are trained, adapters and fuser together, and how many there are."""
-        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-        return trained, sum(parameter.numel() for parameter in self.parameters())
 
     def view(self, features: PairedFeatures) -> PairedFeatures:
         return features.with_token_ids()

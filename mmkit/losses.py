@@ -101,7 +101,8 @@ def gathered(part: Tensor) -> Tensor:
 
 
 class JointLoss(nn.Module):
-    """The contrastive, matching and contradiction losses of a batch; `fit(losses=MyLoss(fuser))` takes a subclass.
+    """The contrastive, matching and contradiction losses of a batch. A subclass that replaces one of them, or the
+    negatives, is given to `fit(losses=MyLoss(fuser))`.
     Of several processes each maps its share of the pairs to nodes (or, where nodes depend on the whole batch, all),
     gathers the others', draws the same negatives, and matches its own pairs; the loss is the mean over processes."""
 
@@ -138,10 +139,16 @@ class JointLoss(nn.Module):
         text_nodes = pad_cat([captions, text_nodes[len(batch.share_index) :]])
         return images, text_nodes, torch.arange(len(images), device=images.device), sims
 
+    def contrastive(self, sims: Tensor, image_index: Tensor) -> Tensor:
+        """The loss of similarities `(B, B)` of aligned pairs, by default `info_nce` at the fuser's temperature."""
+        return info_nce(sims, self.fuser.log_temperature, image_index)
+
+    negatives, matching = staticmethod(sample_negatives), staticmethod(matching_loss)
+
     def forward(self, batch: Batch, hardness: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         image_nodes, text_nodes, image_of, sims = self.nodes(batch)
-        contrastive = info_nce(sims, self.fuser.log_temperature, batch.image_index)
-        negatives, share = sample_negatives(sims, batch.image_index, hardness), self.share_of(len(sims))
+        contrastive = self.contrastive(sims, batch.image_index)
+        negatives, share = self.negatives(sims, batch.image_index, hardness), self.share_of(len(sims))
         image_rows, text_rows = (rows.view(4, -1)[:, share].flatten() for rows in negatives)  # four for each caption
         captions = torch.arange(len(text_nodes), device=sims.device)
         images = torch.cat([image_of[share], image_of.index_select(0, image_rows), *[image_of[batch.accused]] * 2])
@@ -152,4 +159,4 @@ class JointLoss(nn.Module):
         pairs, false, true = logits.tensor_split((len(logits) - 2 * count, len(logits) - count))
         matched = torch.arange(len(pairs), device=logits.device) < share.stop - share.start
         contradiction = contradiction_loss(true, false) if count else logits.new_zeros(())
-        return contrastive, matching_loss(pairs, matched), contradiction
+        return contrastive, self.matching(pairs, matched), contradiction

@@ -3,11 +3,10 @@
 import base64
 import html
 import io
-import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import cycle, product, repeat
+from itertools import cycle, repeat
 
 import matplotlib
 import numpy as np
@@ -18,44 +17,56 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
+from PIL import ImageDraw
 from PIL.Image import Dither, Image, Quantize, fromarray
 from torch import Tensor
 
 from .data import CaptionDataset
-from .evaluation import CUTS, DIRECTIONS, Retrieval
-from .regions import cell_positions
 from .results import Difference
 from .training import History
 
 Numbers = Sequence[float] | np.ndarray | Tensor
 Words = Sequence[str]
 COLOURS = BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#6B6B6B"
+KINDS = {"image": BLUE, "text": ORANGE, "both": GREEN, "loss": RED, "": GREY}  # of the boxes of a diagram
 HATCHES, DASHES = ("", "///", "..", "xx", "\\\\", "++"), ("-", "--", "-.", ":", "-", "--")
 LOOKS = tuple(zip(COLOURS, HATCHES, "os^Dvx", DASHES, strict=True))  # of several series
 _MARKS = {"markersize": 4, "capsize": 3, "elinewidth": 1.3}  # with bars of errors
-_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9.5}
+_STYLE = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 11,
+    "axes.titleweight": "bold", "font.size": 9.5, "legend.frameon": False, "legend.fontsize": 9,
+}  # fmt: skip
+_DPI = 200  # of the file; a page shows it half as large, sharp on any screen
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1, **labels: object) -> tuple[Figure, np.ndarray]:
     """A figure in the course's style and a flat array of its axes, each with `labels` (title, xlabel …); in inches."""
-    with matplotlib.rc_context(_STYLE):
-        fig = Figure(figsize=(width, height), layout="constrained", dpi=100)
-        fig.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-        return fig, fig.subplots(rows, columns, squeeze=False, subplot_kw=labels).ravel()
+    matplotlib.rcParams.update(_STYLE)  # legends and titles that a cell adds later take it too
+    fig = Figure(figsize=(width, height), layout="constrained", dpi=_DPI)
+    fig.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    return fig, fig.subplots(rows, columns, squeeze=False, subplot_kw=labels).ravel()
 
 
-def show(fig: Figure, alt: str) -> None:
-    """Display a figure, and under it, folded, the same in words, since JupyterLab keeps alternative text to itself."""
+def plain_text(fig: Figure) -> None:
+    """Draw titles and texts as they are written, not as TeX: a caption may name prices in $."""
     for child in (child for parent in (fig, *fig.axes) for child in parent.get_children() if isinstance(child, Text)):
-        child.set_parse_math(False)  # a caption may name prices in $
-    canvas, stream = FigureCanvasAgg(fig), io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
-        canvas.draw()
-    # 256 colours take a third of the bytes; maximum coverage keeps the rare ones
+        child.set_parse_math(False)
+
+
+def show(fig: Figure, alt: str, photos: bool = False) -> None:
+    """Display a figure, and under it, folded, the same in words, since JupyterLab keeps alternative text to itself.
+    One with `photos` is a JPEG of all colours; the few of a chart fit into a PNG of 256."""
+    plain_text(fig)
+    canvas, stream, kind = FigureCanvasAgg(fig), io.BytesIO(), f"image/{'jpeg' if photos else 'png'}"
+    canvas.draw()
     pixels = fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    pixels.quantize(256, Quantize.MAXCOVERAGE, kmeans=2, dither=Dither.NONE).save(stream, format="png", optimize=True)
-    png = base64.b64encode(stream.getvalue()).decode()
-    display({"image/png": png, "text/plain": "Figure"}, metadata={"image/png": {"alt": alt}}, raw=True)
+    if photos:
+        pixels.save(stream, format="jpeg", quality=88, optimize=True)
+    else:  # maximum coverage keeps the rare colours
+        pixels = pixels.quantize(256, Quantize.MAXCOVERAGE, kmeans=2, dither=Dither.NONE)
+        pixels.save(stream, format="png", optimize=True)
+    data, look = base64.b64encode(stream.getvalue()).decode(), {"alt": alt, "width": pixels.width // 2}
+    display({kind: data, "text/plain": "Figure"}, metadata={kind: look}, raw=True)
     words = f"<details><summary>Figure in words</summary>{html.escape(alt)}</details>"
     display({"text/html": words, "text/plain": alt}, raw=True)
 
@@ -70,7 +81,7 @@ def chart(
     yield axis, facts
     if len(axis.get_legend_handles_labels()[1]) > 1:
         axis.legend(**({"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {}))
-    show(fig, f"{kind}. {title}. {'; '.join(facts)}.")
+    show(fig, f"{kind}. {title}. {'; '.join(facts)}.", photos=any(image.get_array().ndim == 3 for image in axis.images))
 
 
 def _curves(axis: Axes, lines: Mapping[str, tuple[Numbers, ...]]) -> list[str]:
@@ -156,17 +167,6 @@ def plot_bars(
         axis.set(xticks=middles, xticklabels=labels, ylim=ylim or (0, axis.get_ylim()[1] * 1.08))
 
 
-def plot_recalls(reports: Mapping[str, Retrieval], title: str = "Retrieval") -> None:
-    """R@1, R@5 and R@10 in percent, both directions, for several fusers, beside chance."""
-    images, captions = next(iter(reports.values())).pool
-    groups, chance = {name: {} for name in reports}, {}
-    for way, k, (name, report) in product(DIRECTIONS, CUTS, reports.items()):
-        label = f"{way.replace('_to_', '→')}\nR@{k}"
-        groups[name][label] = 100 * getattr(getattr(report, way), f"r{k}")
-        chance[label] = 100 * min(1, k / images)
-    plot_bars(groups, f"{title} ({images:,} images, {captions:,} captions)", "recall (%)", chance, (0, 112))
-
-
 def plot_differences(
     differences: Mapping[str, Mapping[str, Difference]], title: str, xlabel: str, scale: float = 100
 ) -> None:
@@ -185,12 +185,76 @@ def plot_differences(
         axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
 
 
-def plot_map(points: Mapping[str, Tensor | np.ndarray], title: str, xlabel: str, ylabel: str) -> None:
-    """Points in a plane, `(N, 2)` per name, told apart by colour and marker."""
-    with chart("Scatter plot", title, xlabel, ylabel, 5.5, 4.2) as (axis, facts):
+def plot_map(panels: Mapping[str, Mapping[str, Tensor | np.ndarray]], title: str, xlabel: str, ylabel: str) -> None:
+    """Points in a plane, `panels[panel][name]` `(N, 2)`, told apart by colour and marker; panels side by side."""
+    fig, axes = figure(4.4 * len(panels) if len(panels) > 1 else 5.5, 4, 1, len(panels), xlabel=xlabel, ylabel=ylabel)
+    facts = []
+    for axis, (panel, points) in zip(axes, panels.items(), strict=True):
         for (name, xy), (colour, _, marker, _) in zip(points.items(), cycle(LOOKS), strict=False):
             axis.scatter(*np.asarray(xy).T, s=14, color=colour, marker=marker, alpha=0.6, linewidths=0, label=name)
-            facts.append(f"{len(xy)} points of {name}")
+            facts.append(f"{panel}: {len(xy)} points of {name}")
+        axis.set_title(panel)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    fig.suptitle(title, fontweight="bold", fontsize=11)
+    show(fig, f"Scatter plot. {title}. {'; '.join(facts)}.")
+
+
+def diagram(
+    boxes: Mapping[str, tuple], arrows: Sequence[tuple[str, ...]], title: str, width: float = 9, height: float = 0
+) -> None:
+    """An architecture: `boxes[name]` is `(column, row)` or `(column, row, kind)`, a kind one of `KINDS`, and an arrow
+    `(from, to)` or `(from, to, label)`. Rows count downwards; the name is what stands in the box."""
+    columns, rows = (max(place[axis] for place in boxes.values()) + 1 for axis in (0, 1))
+    with chart("Diagram", title, "", "", width, height or 0.95 * rows + 0.5) as (axis, facts):
+        for name, (column, row, *kind) in boxes.items():
+            colour = KINDS[kind[0] if kind else ""]
+            look = {"boxstyle": "round,pad=0.5", "facecolor": f"{colour}22", "edgecolor": colour, "linewidth": 1.5}
+            axis.text(column, row, name, ha="center", va="center", fontsize=9, bbox=look, zorder=3)
+        axis.set(xlim=(-0.55, columns - 0.45), ylim=(rows - 0.45, -0.55))
+        axis.axis("off")
+        patches = {text.get_text(): text for text in axis.texts}
+        plain_text(axis.figure)
+        FigureCanvasAgg(axis.figure).draw()  # only then has a box its size
+        for source, target, *label in arrows:
+            ends = [patches[source].get_position(), patches[target].get_position()]
+            shape = {"arrowstyle": "-|>", "color": GREY, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 3}
+            shape |= {"patchA": patches[source].get_bbox_patch(), "patchB": patches[target].get_bbox_patch()}
+            axis.annotate("", ends[1], ends[0], arrowprops=shape, zorder=2)
+            middle = [sum(pair) / 2 for pair in zip(*ends, strict=True)]
+            look = {"facecolor": "white", "edgecolor": "none", "pad": 1} if label else None
+            axis.text(*middle, "".join(label), ha="center", va="center", fontsize=8, color=GREY, bbox=look)
+            facts.append(" → ".join((source, *label, target)).replace("\n", " "))
+
+
+def plot_graph(
+    edges: Tensor, values: Numbers, positions: Numbers | None = None, titles: Words = (), title: str = ""
+) -> None:
+    """Nodes as circles with their value and messages as arrows along `edges` `(2, E)`: a panel for each row of `values`
+    `(panels, N)`. Nodes stand in a row, or at `positions` `(N, 2)`."""
+    values = np.atleast_2d(np.asarray(values, dtype=float))
+    (panels, count), scale, facts = values.shape, {"vmin": values.min(), "vmax": 1.6 * values.max() + 1e-9}, []
+    places, size, grid = np.column_stack([np.arange(count), np.zeros(count)]), (9, 0.5 + 1.25 * panels), (panels, 1)
+    if positions is not None:
+        places, size, grid = np.asarray(positions), (3.2 * panels, 3.2), (1, panels)
+    fig, axes = figure(*size, *grid, frame_on=False, xticks=[], yticks=[])
+    for axis, row, name in zip(axes, values, titles or repeat(""), strict=False):
+        axis.set_title(name)
+        for sender, receiver in np.asarray(edges).T:
+            look = {
+                "arrowstyle": "-|>",
+                "connectionstyle": "arc3,rad=0.25",
+                "color": GREY,
+                "shrinkA": 14,
+                "shrinkB": 14,
+            }
+            axis.annotate("", places[receiver], places[sender], arrowprops=look)
+        axis.scatter(*places.T, s=620, c=row, cmap="Blues", edgecolors=BLUE, zorder=3, **scale)
+        for (x, y), value in zip(places, row, strict=True):
+            axis.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=9, zorder=4)
+        axis.margins(0.12, 0.6 if positions is None else 0.2)
+        facts.append(f"{name}: {', '.join(f'{value:.3g}' for value in row)}")
+    fig.suptitle(title, fontweight="bold", fontsize=11)
+    show(fig, f"Graph. {title}. {count} nodes, {np.shape(edges)[1]} edges. Values of the nodes: {'; '.join(facts)}.")
 
 
 def plot_tokens(pieces: Sequence[Words], mask: Tensor, title: str = "Captions as tokens") -> None:
@@ -200,7 +264,8 @@ def plot_tokens(pieces: Sequence[Words], mask: Tensor, title: str = "Captions as
     with chart("Word pieces", title, "position in the sequence", "caption", *size) as (axis, facts):
         for (row, column), kept in np.ndenumerate(np.asarray(mask, dtype=bool)):
             piece = pieces[row][column]
-            face, ink = (ORANGE if piece.startswith("[") else BLUE, "white") if kept else ("#EEEEEE", GREY)
+            special = piece.startswith("[")
+            face, ink = (ORANGE if special else BLUE, "black" if special else "white") if kept else ("#EEEEEE", GREY)
             look = {"facecolor": face, "hatch": "" if kept else "////", "edgecolor": "white", "alpha": 0.9}
             axis.add_patch(Rectangle((column - 0.48, row - 0.43), 0.96, 0.86, **look))
             axis.text(column, row, piece, ha="center", va="center", fontsize=7.5, color=ink)
@@ -222,7 +287,7 @@ def show_images(
         words = "\n".join(textwrap.fill(line, round(12 * cell)) for line in words.splitlines())
         axis.set_title(words, loc="left", fontsize=8.5, fontweight="normal", color=colour)
     fig.suptitle(title, fontweight="bold", fontsize=11)
-    show(fig, alt)
+    show(fig, alt, photos=True)
 
 
 def show_pairs(dataset: CaptionDataset, indices: Sequence[int], caption: int = 0, columns: int = 4) -> None:
@@ -245,28 +310,12 @@ def show_retrieval(
     show_images([dataset.image(int(image)) for image in best.flat], words, alt, k, head, frames)
 
 
-def show_graph(images: Sequence[Image], captions: Words, edges: Sequence[tuple[int, int, float]], title: str) -> None:
-    """Images left, captions right, edges `(image, caption, weight)` as wide as they weigh, green to its own caption."""
-    rows, true = max(len(images), len(captions)), sum(image == caption for image, caption, _ in edges)
-    with chart("Graph", title, "", "", 9, 0.95 * rows) as (axis, facts):
-        for image, caption, weight in edges:
-            look = {"color": GREEN, "linestyle": "-"} if image == caption else {"color": GREY, "linestyle": "--"}
-            axis.plot([1.05, 3], [-image, -caption], linewidth=0.5 + 3 * max(0, weight), alpha=0.85, zorder=1, **look)
-        for row, picture in enumerate(images):
-            width = 0.55 * picture.width / picture.height  # of 6.45 units in 9 inches, to keep the aspect
-            axis.imshow(np.asarray(picture), extent=(1 - width, 1, -row - 0.42, -row + 0.42), aspect="auto", zorder=2)
-        for row, text in enumerate(captions):
-            axis.text(3.05, -row, textwrap.fill(text, 52), va="center", fontsize=9)
-        axis.set(xlim=(-0.05, 6.4), ylim=(-rows + 0.45, 0.55))
-        axis.axis("off")
-        facts.append(
-            f"{len(images)} images, {len(captions)} captions joined by {len(edges)} edges, {true} of them true"
-        )
-
-
-def show_attention(image: Image, words: Words, weights: Tensor, title: str = "", columns: int = 4) -> None:
+def show_attention(
+    image: Image, words: Words, weights: Tensor, title: str = "", columns: int = 4, positions: Tensor | None = None
+) -> None:
     """Where each word looks: the picture as the encoder sees it, as bright as the word's weight on each cell.
-    `weights` `(len(words), cells)` of a square grid, each row on a scale of its own, from smallest to largest."""
+    `weights` `(len(words), cells)` of a square grid, each row on a scale of its own, from smallest to largest. A circle
+    marks a word's expected place, `positions` `(len(words), 2)` in [-1, 1] as `cell_positions` has them."""
     side, (width, height) = round(weights.shape[1] ** 0.5), image.size
     low, high = weights.aminmax(dim=1, keepdim=True)
     heat = ((weights - low) / (high - low).clamp(min=1e-12)).view(-1, 1, side, side)
@@ -274,59 +323,15 @@ def show_attention(image: Image, words: Words, weights: Tensor, title: str = "",
     shades = [fromarray((np.asarray(image) * one[..., None]).astype(np.uint8)) for one in light.squeeze(1).numpy()]
     cells = zip(words, weights.argmax(dim=1).tolist(), strict=True)
     places = "; ".join(f"{word}: row {cell // side + 1}, column {cell % side + 1}" for word, cell in cells)
+    if positions is not None:
+        edge = 1 + 1 / max(1, side - 1)  # of the picture: its outer cells have their centres at -1 and 1
+        for shade, (x, y) in zip(shades, ((positions + edge) / (2 * edge)).tolist(), strict=True):
+            x, y, radius = x * width, y * height, width / 14
+            box = [x - radius, y - radius, x + radius, y + radius]
+            ImageDraw.Draw(shade).ellipse(box, outline=ORANGE, width=max(2, width // 60))
+        pairs = zip(words, positions.tolist(), strict=True)
+        places += ". Expected places: " + "; ".join(
+            f"{word}: {x:+.2f} to the right, {y:+.2f} down" for word, (x, y) in pairs
+        )
     alt = f"{title}. The cell of largest weight of {side} by {side}: {places}."
     show_images([image, *shades], ["what the encoder sees", *words], alt, columns, title)
-
-
-def show_region_words(image: Image, words: Words, weights: Tensor, positions: Tensor, title: str = "") -> None:
-    """The graph inside a pair, drawn over the picture: edges, of `weights` `(len(words), cells)`, above a fifth of the
-    word's largest, as thick as they weigh; the words' expected `positions` `(len(words), 2)` in [-1, 1] as circles."""
-    centres = cell_positions(weights.shape[1]).tolist()
-    edge = 1 + 1 / max(1, len(centres) ** 0.5 - 1)  # of the picture, whose outer cells have their centres at -1 and 1
-    with chart("Expected place of each word", title, "", "", 7.5, 3.9) as (axis, facts):
-        axis.imshow(np.asarray(image), extent=(-edge, edge, edge, -edge), zorder=1)
-        for row, (word, colour, (x, y)) in enumerate(zip(words, cycle(COLOURS), positions.tolist(), strict=False)):
-            height = edge * ((2 * row + 1) / len(words) - 1)
-            for (across, down), share in zip(centres, (weights[row] / weights[row].max()).tolist(), strict=True):
-                if share > 1 / 5:
-                    axis.plot([across, 1.24 * edge], [down, height], color=colour, lw=0.4 + 1.8 * share, alpha=0.8)
-                    axis.plot(across, down, "o", color=colour, ms=3 + 3 * share, mec="white", zorder=3)
-            axis.plot(x, y, "o", color="none", markeredgecolor=colour, markeredgewidth=2.2, markersize=17, zorder=4)
-            axis.text(1.28 * edge, height, word, va="center", fontsize=10, color=colour, fontweight="bold")
-            facts.append(f"{word}: {x:+.2f} to the right, {y:+.2f} down")
-        axis.set(xlim=(-1.04 * edge, 2.5 * edge), ylim=(1.04 * edge, -1.04 * edge))
-        axis.axis("off")
-
-
-def matching_images(dataset: CaptionDataset, words: str) -> list[int]:
-    """Positions of the images that have a caption with all of these words, whole and in any order; all for none."""
-    wanted = [re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE) for word in words.split()]
-    captions = zip(dataset.image_index.tolist(), dataset.captions, strict=True)
-    return sorted({image for image, caption in captions if all(word.search(caption) for word in wanted)})
-
-
-def browse(dataset: CaptionDataset) -> None:
-    """Four pictures of a dataset, and below, where a page can run widgets, a slider and a search for words to leaf."""
-    import ipywidgets  # takes a while, and only this needs it
-
-    show_pairs(dataset, range(min(4, len(dataset))))
-    place, page = ipywidgets.IntSlider(max=len(dataset) - 1, continuous_update=False), ipywidgets.HTML()
-    field = ipywidgets.Text(placeholder="dog snow", continuous_update=False)
-
-    def turn(words: str, picture: int) -> None:
-        matches = matching_images(dataset, words)
-        if not matches:
-            page.value = "No caption has these words."
-            return
-        image = matches[picture]
-        png = base64.b64encode(dataset.image(image)._repr_png_()).decode()
-        lines = [f"Image {dataset.image_ids[image]}, {picture + 1} of {len(matches):,}", *dataset.captions_of(image)]
-        items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-        page.value = f'<img src="data:image/png;base64,{png}" height="300" alt=""><ul>{items}</ul>'
-
-    def first_match(change: Mapping[str, str]) -> None:
-        place.value, place.max = 0, max(0, len(matching_images(dataset, change["new"])) - 1)
-
-    field.observe(first_match, "value")  # before `interactive` turns the page
-    controls = ipywidgets.interactive(turn, words=field, picture=place, clear_output=False)
-    display({**ipywidgets.VBox([controls, page])._repr_mimebundle_(), "text/plain": ""}, raw=True)

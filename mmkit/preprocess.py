@@ -43,10 +43,9 @@ def packaged_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(minilm_folder()), local_files_only=True)
 
 
-def image_transform(
-    size: int = 224, resize: int = 256, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD,
-    squash: bool = False, interpolation: v2.InterpolationMode = v2.InterpolationMode.BICUBIC,
-) -> v2.Compose:  # fmt: skip
+def image_transform(size: int = 224, resize: int = 256, mean: Sequence[float] = IMAGENET_MEAN,
+                    std: Sequence[float] = IMAGENET_STD, squash: bool = False,
+                    interpolation: v2.InterpolationMode = v2.InterpolationMode.BICUBIC) -> v2.Compose:  # fmt: skip
     """Pillow image → normalised float tensor `(3, size, size)`: the shorter side becomes `resize` pixels and the centre
     is cropped, which keeps shapes; `squash=True` is the published way, `Resize((size, size))`, which deforms them."""
     crop = [v2.Resize(resize, interpolation), v2.CenterCrop(size)]
@@ -59,9 +58,8 @@ class MultimodalPreprocessor:
     centre crop to 224 × 224, and BERT's uncased WordPiece tokenizer; `load_encoders` gives the one of its encoders.
     Captions are cut at `max_tokens`, 512 at most, of which [CLS] and [SEP] are two."""
 
-    def __init__(
-        self, transform: Callable | None = None, tokenizer: PreTrainedTokenizerBase | None = None, max_tokens: int = 512
-    ) -> None:
+    def __init__(self, transform: Callable | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
+                 max_tokens: int = 512) -> None:  # fmt: skip
         if not 2 < max_tokens <= 512:  # the positions of BERT and MiniLM
             raise MmkitError(f"max_tokens is {max_tokens}; it must be between 3 and 512.")
         self.transform, self.tokenizer = transform or image_transform(), tokenizer or packaged_tokenizer()

@@ -93,13 +93,11 @@ class Results:
         values, (_, scale, decimals) = self.values(variant, figure), FIGURES[figure]
         return " ± ".join(f"{scale * shown:.{decimals}f}" for shown in [values.mean(), values.std()][: len(values)])
 
-    def table(self, columns: Sequence[str] = (), variants: Sequence[str] = ()) -> str:
-        """In plain text: a cell for each of the `variants` in each of the `columns` (names of `FIGURES`)."""
-        columns, variants = columns or self.columns, variants or self.variants
-        rows = [[variant, *(self.cell(variant, figure) for figure in columns)] for variant in variants]
-        rows.insert(0, ["", *(FIGURES[figure][0] for figure in columns)])
-        first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("   ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in rows)
+    def table(self, columns: Sequence[str] = (), variants: Sequence[str] = ()) -> pd.DataFrame:
+        """A cell for each of the `variants` in each of the `columns` (names of `FIGURES`), as a notebook shows it."""
+        columns, variants = columns or self.columns, variants or list(self.variants)
+        rows = {variant: [self.cell(variant, figure) for figure in columns] for variant in variants}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=[FIGURES[figure][0] for figure in columns])
 
 
 def read_results(path: Path) -> Results:

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 import time
+import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -12,9 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from tqdm import tqdm
 
 Item = TypeVar("Item")
+ANSWERS = Path(__file__).with_name("answers.toml")
 
 
 class MmkitError(ValueError):
@@ -94,3 +97,27 @@ def progress(items: Iterable[Item], what: str, total: int | None = None, unit: s
         for item in items:
             yield item
             bar.update()
+
+
+def expect(what: str, value: float, low: float, high: float) -> None:
+    """Print in a line whether a result lies where it was measured to lie; a reader's experiment goes on either way."""
+    inside, band = low <= value <= high, f"{low:g} to {high:g}"
+    told = f"as expected, {band}" if inside else f"expected {band}, got {value:.4g}. What did you change?"
+    print(f"{'✓' if inside else '✗'} {what}: {told}")
+
+
+def check(name: str, answer: object) -> None:
+    """Print whether this answers the exercise `name`, such as "03.1", or what to look at; `...` is no answer yet."""
+    exercises = tomllib.loads(ANSWERS.read_text(encoding="utf-8"))
+    if name not in exercises:
+        raise MmkitError(f"No exercise {name!r}. Valid names: {', '.join(exercises)}")
+    if answer is ...:
+        return print(f"{name}: no answer yet")
+    exercise = exercises[name]
+    given, right = np.asarray(answer), np.asarray(exercise["answer"])  # tensors, tuples and lists alike
+    if right.dtype.kind == "U":
+        same = given.shape == right.shape and np.array_equal(np.char.lower(given.astype(str)), np.char.lower(right))
+    else:
+        numbers = given.shape == right.shape and given.dtype.kind in "biuf"
+        same = numbers and np.allclose(given, right, rtol=0, atol=exercise.get("tolerance", 0) + 1e-9)
+    print(f"{name} ✓ right" if same else f"{name} ✗ not yet: {exercise['hint']}")

@@ -16,7 +16,6 @@ from mmkit import FUSERS, HubnessCorrected, MmkitError, PairedFeatures, Regulari
 
 IMAGE_DIM, TEXT_DIM = 10, 7
 SHORT = settings(fusion_dim=32, hidden_dim=32, part_dim=32, heads=4, dropout=0.1, feature_dropout=0.0)
-METHODS = pytest.mark.parametrize("method", ["csls", "inverted-softmax"])
 
 task = partial(learnable, noise=0.5, dims=(IMAGE_DIM, TEXT_DIM), captions=3)
 
@@ -184,21 +183,8 @@ def test_csls_equals_the_papers_formula(images, texts):
     torch.testing.assert_close(HubnessCorrected(fuser).score(a, b), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_inverted_softmax_ranks_as_the_papers_probabilities_in_both_directions():
-    fuser, images, texts = towers(), random(14, IMAGE_DIM), random(12, TEXT_DIM, seed=1)
-    temperature = fuser.log_temperature.exp()
-    logits = fuser.similarities(*fuser.nodes(images, texts)) / temperature
-    scores = HubnessCorrected(fuser, "inverted-softmax").score(images, texts)
-    assert torch.equal(scores.argsort(dim=1), logits.softmax(dim=0).argsort(dim=1))
-    assert torch.equal(scores.argsort(dim=0), logits.softmax(dim=1).argsort(dim=0))
-    near_images, near_texts = (logits.exp().mean(dim=dim).log() for dim in (1, 0))
-    expected = fuser.log_scale.exp() * temperature * (logits - near_images[:, None] - near_texts)
-    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
-
-
-@METHODS
-def test_a_corrected_fuser_keeps_the_contract(method, monkeypatch):
-    fuser, images, texts = HubnessCorrected(towers(), method).eval(), random(9, IMAGE_DIM), random(9, TEXT_DIM, seed=1)
+def test_a_corrected_fuser_keeps_the_contract(monkeypatch):
+    fuser, images, texts = HubnessCorrected(towers()).eval(), random(9, IMAGE_DIM), random(9, TEXT_DIM, seed=1)
     (a, b), scores = fuser.nodes(images, texts), fuser.score(images, texts)
     assert a.shape == b.shape == fuser(images, texts).shape == (9, fuser.width) == (9, fuser.fused_dim)
     by_pair = torch.stack([torch.cat([fuser.match(image[None], text[None]) for text in b]) for image in a])
@@ -210,20 +196,17 @@ def test_a_corrected_fuser_keeps_the_contract(method, monkeypatch):
     torch.testing.assert_close(fuser.score(images, texts), scores)
 
 
-@METHODS
-def test_a_correction_frees_the_captions_of_a_hub_in_the_reports(method):
+def test_a_correction_frees_the_captions_of_a_hub_in_the_reports():
     fuser = TwoTower(6, 6, 6)
     for layer in (fuser.project_images, fuser.project_texts):
         layer.weight.data.copy_(torch.eye(6))
         layer.bias.data.zero_()
     images = torch.cat([torch.eye(6)[:5] * 0.35 + torch.eye(6)[5] * 0.3, torch.ones(1, 6)])  # the last is near to all
     features = PairedFeatures.from_arrays(images, torch.eye(6)[:5] + 0.9, range(5))
-    plain, freed = (mmkit.retrieval_report(one, features) for one in (fuser, HubnessCorrected(fuser, method)))
+    plain, freed = (mmkit.retrieval_report(one, features) for one in (fuser, HubnessCorrected(fuser)))
     assert (plain.text_to_image.r1, freed.text_to_image.r1, freed.pool) == (0, 1, (6, 5))
 
 
 def test_what_cannot_be_corrected_is_refused():
     with pytest.raises(MmkitError, match="MultimodalFeatureFuser does not score by cosine"):
         HubnessCorrected(mmkit.MultimodalFeatureFuser(IMAGE_DIM, TEXT_DIM, 16))
-    with pytest.raises(MmkitError, match=r"No method 'mean'\. Valid names: csls, inverted-softmax"):
-        HubnessCorrected(towers(), "mean")

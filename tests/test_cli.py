@@ -146,10 +146,8 @@ def test_evaluate_encodes_the_pool_once_and_prints_the_same_figures_to_read(chec
     monkeypatch.setattr(MultimodalFeatureFuser, "nodes", lambda *given: calls.append(given) or nodes(*given))
     report = evaluated(capsys, *options)
     assert sum(len(images) == 88 for _, images, _ in calls) == sum(len(texts) == 440 for *_, texts in calls) == 1
-    folded, text = evaluated(capsys, *options, "--folds", "4"), said(capsys, "evaluate", *options, "--folds", "4")
-    assert {key: value for key, value in folded.items() if key != "folds"} == report
-    assert folded["folds"]["count"] == 4 and folded["folds"]["rsum"] > report["rsum"], "a smaller pool is easier"
-    assert f"rsum {folded['folds']['rsum']:.1f}" in text and "88 images, 440 captions" in text
+    text = said(capsys, "evaluate", *options)
+    assert f"rsum {report['rsum']:.1f}" in text and "88 images, 440 captions" in text
     assert f"accuracy {report['matching']['hard']['accuracy']:.3f} (" in text
     assert f"R@5 {report['retrieval']['text_to_image']['r5']:.3f} (" in text
     assert re.search(r"rsum \d+\.\d \(\d+ to \d+\)\n", text) and re.search(r"changed fact, roles +\d\.\d{3} \(", text)

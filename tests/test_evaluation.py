@@ -12,7 +12,6 @@ from torch import Tensor
 
 import mmkit
 from mmkit import evaluation
-from mmkit.__main__ import folds_report
 from mmkit.evaluation import best_threshold, bootstrap, choose_thresholds, matching_report, ranks, retrieval_report
 from mmkit.features import PairedFeatures
 from mmkit.fusers import MultimodalFeatureFuser, PairFuser
@@ -229,20 +228,6 @@ def test_the_shortlist_is_ranked_by_logits_and_the_rest_by_the_cheap_score(kind,
     assert_counts(report, images, captions)
     for large in (40, 1000):
         assert retrieval_report(fuser, features, large) == retrieval_report(fuser, features) != report
-
-
-def test_folds_are_neighbours_and_their_mean_is_reported():
-    fuser, features = random_fuser(), pairs(23, 60)
-    parts = [range(0, 5), range(5, 10), range(10, 15), range(15, 19), range(19, 23)]
-    for shortlist in (0, 1):
-        folds = folds_report(fuser, features, 5, shortlist)
-        reports = [mmkit.retrieval_report(fuser, features.select(part), shortlist) for part in parts]
-        assert folds["rsum"] == pytest.approx(np.mean([report.rsum for report in reports]))
-        assert folds["text_to_image"]["r5"] == np.mean([report.text_to_image.r5 for report in reports])
-        assert folds["image_to_text"]["median_rank"] == np.mean([one.image_to_text.median_rank for one in reports])
-    for count in (1, 12):
-        with pytest.raises(mmkit.MmkitError, match=f"{count} folds of 23 images"):
-            folds_report(fuser, features, count, 0)
 
 
 # --- how sure a figure is --------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import mmkit
+from helpers import learnable
 from mmkit.checkpoints import FUSERS
 from mmkit.features import PairedFeatures
 from mmkit.fusers import GatedFuser, MultimodalFeatureFuser, PairFuser, Standardize, sum_of_relu, unit_scale
@@ -221,3 +222,40 @@ def test_what_cannot_be_fused_is_refused():
         make("mlp", paths="sum")
     with pytest.raises(MmkitError, match="two paths"):
         GatedFuser(IMAGE_DIM, TEXT_DIM, 16, paths="product")
+
+
+class AbsoluteDifference(MultimodalFeatureFuser):
+    """A reader's edit: |a − b| in place of the product."""
+
+    def fuse(self, image_nodes, text_nodes):
+        _, joined = super().fuse(image_nodes, text_nodes).split(self.width, dim=-1)
+        return torch.cat([(image_nodes - text_nodes).abs(), joined], dim=-1)
+
+
+class Bilinear(mmkit.TwoTower):
+    """Another: a learned form in place of the cosine, in a class of cosines."""
+
+    def build_head(self, dropout):
+        super().build_head(dropout)
+        self.form = torch.nn.Bilinear(self.width, self.width, 1)
+
+    def match(self, image_nodes, text_nodes):
+        return self.form(image_nodes, text_nodes).squeeze(-1)
+
+
+class Child(AbsoluteDifference):
+    """Inherits a fusion of its parent."""
+
+
+@pytest.mark.parametrize("kind", [AbsoluteDifference, Bilinear, Child])
+def test_a_fuser_that_fuses_otherwise_is_scored_by_its_own_match(kind, monkeypatch):
+    torch.manual_seed(0)
+    fuser, data = kind(IMAGE_DIM, TEXT_DIM, 16).eval(), learnable(12, 0, dims=(IMAGE_DIM, TEXT_DIM))
+    a, b = fuser.nodes(data.images(), data.captions())
+    by_pair = torch.stack([fuser.match(a, text.expand(len(a), -1)) for text in b], dim=1)
+    torch.testing.assert_close(fuser.score(data.images(), data.captions()), by_pair)
+    report = mmkit.retrieval_report(fuser, data)
+    monkeypatch.setattr(mmkit.fusers, "_BLOCK", 1)  # a picture at a time
+    assert mmkit.retrieval_report(fuser, data) == report
+    _, caption_ranks = mmkit.ranks(by_pair, data.image_index)
+    assert report.text_to_image.r1 == (caption_ranks == 1).double().mean().item()

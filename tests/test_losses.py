@@ -144,3 +144,24 @@ def test_the_joint_loss_of_a_batch_is_the_three_losses_of_its_pairs():
     of_true = [logit(images[i], texts[true[j]]) for i, j in zip(image_index.unique(), drawn, strict=True)]
     of_false = [logit(images[i], false.captions()[j]) for i, j in zip(image_index.unique(), drawn, strict=True)]
     torch.testing.assert_close(contradiction, contradiction_loss(torch.stack(of_true), torch.stack(of_false)))
+
+
+def test_a_subclass_replaces_one_loss_or_the_negatives():
+    class Hinge(JointLoss):
+        def contrastive(self, sims, image_index):
+            return (0.2 + sims - sims.diagonal()[:, None]).clamp(min=0).mean()
+
+        def negatives(self, sims, image_index, hardness):
+            rows, texts = sample_negatives(sims, image_index, 0.0)
+            return rows, texts
+
+    torch.manual_seed(0)
+    fuser = MultimodalFeatureFuser(*DIMS, 16).eval()
+    batch = PairBatches(learnable(12, 0), JointLoss(fuser)).__getitems__(range(24))
+    torch.manual_seed(1)
+    hinge, matching, _ = Hinge(fuser)(batch)
+    torch.manual_seed(1)
+    plain = JointLoss(fuser)(batch, hardness=0.0)
+    sims = JointLoss(fuser).nodes(batch)[3]
+    assert hinge == (0.2 + sims - sims.diagonal()[:, None]).clamp(min=0).mean() != plain[0]
+    torch.testing.assert_close(matching, plain[1])

@@ -186,3 +186,10 @@ def test_the_parts_of_extracted_features_are_standardised(features):
     assert torch.equal(present.long(), features.tokens()[1]) and not present.all()
     for parts in (images[:, 1:].flatten(0, 1), captions[:, 1:][present]):
         assert parts.mean(dim=0).abs().max() < 1e-3 and abs(parts.std(dim=0).median() - 1) < 1e-2
+
+
+def test_without_positions_a_word_knows_only_how_much_fits():
+    fuser, blind = (RegionWordGNN(8, 6, 16, positions=positions) for positions in (True, False))
+    cosine = torch.rand(2, 3, 9)
+    assert (blind.messages(cosine)[..., :4] == 0).all() and (fuser.messages(cosine)[..., :4] != 0).any()
+    torch.testing.assert_close(blind.messages(cosine)[..., 4], fuser.messages(cosine)[..., 4])

@@ -261,4 +261,4 @@ def test_committed_files_are_whole_and_of_today_and_tell_no_path(name, encoders)
     profile = mmkit.profile(experiment.profile, coco_root="/", **experiment.settings)
     for variant in experiment.variants.values():
         fuser = mmkit.build_fuser(variant.fuser, replace(profile, **variant.settings), 64, 64, **variant.arguments)
-        assert not variant.corrected or mmkit.HubnessCorrected(fuser, variant.corrected).transductive
+        assert not variant.corrected or mmkit.HubnessCorrected(fuser).transductive

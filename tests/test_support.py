@@ -3,9 +3,12 @@ import re
 import sys
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
+import torch
 
-from mmkit.support import MissingFile, MmkitError, packaged_file, progress, progress_bar, write_whole
+from mmkit import support
+from mmkit.support import MissingFile, MmkitError, check, expect, packaged_file, progress, progress_bar, write_whole
 
 SHA256 = hashlib.sha256(b"weights").hexdigest()
 
@@ -58,3 +61,31 @@ def test_a_notebook_keeps_a_summary_of_progress_and_a_log_nothing(monkeypatch, c
     with progress_bar("archives", 20_200_000_000, unit="B", scale=True) as bar:
         bar.update(20_200_000_000)
     assert re.fullmatch(r"archives: 20\.2GB in \d+\.\d s", handle.update.call_args.args[0]["text/plain"])
+
+
+def test_a_result_outside_its_band_is_told_and_stops_nothing(capsys):
+    for value in (0.9, 0.95, 0.8123, float("nan")):
+        expect("R@1", value, 0.9, 0.95)
+    as_expected, asked = "✓ R@1: as expected, 0.9 to 0.95\n", "What did you change?\n"
+    expected = [f"✗ R@1: expected 0.9 to 0.95, got {value}. {asked}" for value in ("0.8123", "nan")]
+    assert capsys.readouterr().out == 2 * as_expected + "".join(expected)
+
+
+@pytest.mark.parametrize(
+    ("right", "answers", "wrong"),
+    [
+        ("answer = 3.5\ntolerance = 0.1", [3.5, 3.6, np.float32(3.45), torch.tensor(3.5)], [3.7, "3.5", [3.5], None]),
+        ("answer = [1, 2]", [[1, 2], (1, 2), torch.tensor([1, 2])], [[2, 1], [1, 2, 3], 1, {1: 2}]),
+        ('answer = "GCN"', ["gcn", "GCN"], ["gat", 3, ["gcn"]]),
+        ("answer = true", [True, np.True_], [False, "true"]),
+    ],
+)
+def test_an_answer_is_right_or_learns_where_to_look(right, answers, wrong, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(support, "ANSWERS", tmp_path / "answers.toml")
+    support.ANSWERS.write_text(f'["03.1"]\n{right}\nhint = "look at W"\n')
+    for answer in (..., *answers, *wrong):
+        check("03.1", answer)
+    told = ["03.1: no answer yet", *["03.1 ✓ right"] * len(answers), *["03.1 ✗ not yet: look at W"] * len(wrong)]
+    assert capsys.readouterr().out.splitlines() == told
+    with pytest.raises(MmkitError, match=r"No exercise '9'\. Valid names: 03\.1"):
+        check("9", 1)

@@ -14,7 +14,7 @@ from dataclasses import MISSING, asdict, fields, replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -41,16 +41,16 @@ PACKAGES = ("mmkit", "torch", "transformers", "timm", "torch-geometric")
 class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One of the things compared: a name of `FUSERS`, changes of the profile, and further arguments of its class.
 
-    `false` are facts: it learns from captions that are false in one of them too. `corrected` is a method of
-    `HubnessCorrected` for the trained fuser's scores. `lora`, where not 0, is the rank of adapters in the text encoder,
-    which the trained fuser is then trained on with, under the profile as `tuning` changes it.
+    `false` are facts: it learns from captions that are false in one of them too. `corrected` may be "csls",
+    the correction of the trained fuser's scores for hubs. `lora`, where not 0, is the rank of adapters in the text
+    encoder, which the trained fuser is then trained on with, under the profile as `tuning` changes it.
     """
 
     fuser: str = "mlp"
     settings: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
     false: list[str] = []
-    corrected: str = ""
+    corrected: Literal["", "csls"] = ""
     lora: int = 0
     tuning: dict[str, Any] = {}
 
@@ -211,7 +211,7 @@ def take(name: str, variant: Variant, seed: int, material: Material) -> Run:
         fuser = mmkit.LoRATextFuser(fuser, material.encoders.text, variant.lora)
         seconds += train(fuser, material, replace(profile, **variant.tuning), variant.false)
     if variant.corrected:
-        fuser = mmkit.HubnessCorrected(fuser, variant.corrected)
+        fuser = mmkit.HubnessCorrected(fuser)
     return Run(name, seed, round(seconds, 3), measure(fuser, material), commit())
 
 

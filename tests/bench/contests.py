@@ -5,11 +5,9 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +27,7 @@ RECORDS = 20_000  # images of a synthetic Karpathy file
 IMAGES, TEXTS, PAIRS, PAIR_BATCH = 1000, 5000, 50_000, 4096
 SHORTLIST, SHORTLISTED = 50, 20_000
 READ_BATCH, READS = 512, 40
-TRAINED, TRAINED_BATCH, EXTRACTED, JUDGED = 8192, 512, 300, 300  # by processes
-BEFORE = "320747c"  # the last commit at which each figure of a report encoded its nodes anew
-TOP = Path(__file__).parent.parent.parent
+TRAINED, TRAINED_BATCH, EXTRACTED = 8192, 512, 300  # by processes
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,8 @@ class Bench:
             self.dataset.image(index).resize((640, 480), Image.Resampling.BICUBIC).save(root / file, quality=90)
         return replace(self.dataset, root=root)
 
-    def team(self, count: int, task: str, *arguments: object, package: str = "") -> Team:
-        return self.teams.enter_context(Team(count, self.fresh(), task, *arguments, package=package))
+    def team(self, count: int, task: str, *arguments: object) -> Team:
+        return self.teams.enter_context(Team(count, self.fresh(), task, *arguments))
 
 
 def same_direction(features: Tensor, expected: Tensor) -> bool:
@@ -150,25 +146,6 @@ def text_vs_pad512(bench: Bench) -> Contest:
 
     assert same_direction(ours().vectors()[[captions.index(text) for text in sample]], baseline())
     return Contest("", "captions/s", "", ours, baseline, len(captions), len(sample))
-
-
-def text_vs_sentence_transformers(bench: Bench) -> Contest:
-    """MiniLM-L6: the distinct captions of 150 drawn scenes as extract_texts encodes them, against
-    SentenceTransformer.encode as it is; same weights and precision"""
-    from sentence_transformers import SentenceTransformer  # comes with MiniLM's package
-
-    encoders, captions = bench.encoders, list(dict.fromkeys(bench.dataset.captions))
-    model = SentenceTransformer(encoders.text.tokenizer.name_or_path, device="cpu")
-
-    def ours() -> mmkit.FeatureTable:
-        return mmkit.extract_texts(captions, encoders, bench.fresh())
-
-    def baseline() -> np.ndarray:
-        with mmkit.autocast(encoders, "auto")[0]:
-            return model.encode(captions, show_progress_bar=False)
-
-    assert same_direction(ours().vectors(), torch.from_numpy(baseline()))
-    return Contest("", "captions/s", "", ours, baseline, len(captions), len(captions))
 
 
 def _images(bench: Bench, precision: str) -> Contest:
@@ -379,29 +356,13 @@ def ranks_vs_sort(bench: Bench) -> Contest:
     return Contest("", "s", "", lambda: mmkit.ranks(scores, index), baseline)
 
 
-def evaluate_once_vs_before(bench: Bench) -> Contest:
-    """A whole report of the region–word fuser on 300 images and 1,500 captions of noise (matching, retrieval by a
-    shortlist of 50, seven kinds of changed facts): nodes encoded once, against the package at commit 320747c, which
-    encoded them for each figure anew"""
-    packed = subprocess.run(["git", "archive", BEFORE, "mmkit"], cwd=TOP, capture_output=True)
-    if packed.returncode:
-        raise SystemExit(f"This clone has no commit {BEFORE} to compare with. Remedy: git fetch --unshallow")
-    before = bench.fresh()
-    with tarfile.open(fileobj=BytesIO(packed.stdout)) as archive:
-        archive.extractall(before, filter="data")
-    ours = bench.team(1, "evaluation", "region-word", JUDGED, package=str(TOP))
-    baseline = bench.team(1, "evaluation", "region-word", JUDGED, package=str(before))
-    assert abs(ours.do() - baseline.do()) < 1
-    return Contest("", "s", "", ours.do, baseline.do)
-
-
 def contests(folder: Path, part: str) -> Iterator[Contest]:
     """Each made, and so warmed up, when its turn comes."""
     makers = (
-        decode_vs_plain_loop, decode_two_workers, annotations_vs_json, text_vs_pad512, text_vs_sentence_transformers,
+        decode_vs_plain_loop, decode_two_workers, annotations_vs_json, text_vs_pad512,
         image_vs_plain_loop, image_vs_plain_loop_float32, image_vs_forward_limit, store_vs_memory, memory_10x,
         fit_vs_bare_loop, score_vs_pairwise, shortlist_vs_all_pairs, ranks_vs_sort, train_two_processes,
-        extract_two_processes, evaluate_once_vs_before,
+        extract_two_processes,
     )  # fmt: skip
     chosen = [make for make in makers if part in make.__name__]
     if not chosen:

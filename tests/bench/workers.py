@@ -17,19 +17,17 @@ from accelerate import PartialState
 import mmkit
 
 SECONDS = 600  # that a task may take
-CELLS, TOKENS, FALSE = 49, 12, 150
 
 
 class Team:
-    """So many processes of one torchrun, one thread each; `package` is where they find mmkit. `do` returns when all
-    have done the task."""
+    """So many processes of one torchrun, one thread each. `do` returns when all have done the task."""
 
-    def __init__(self, processes: int, folder: Path, task: str, *arguments: object, package: str = "") -> None:
+    def __init__(self, processes: int, folder: Path, task: str, *arguments: object) -> None:
         self.folder, self.done = folder, 0
         folder.mkdir(parents=True)
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, *launcher, __file__, str(folder), task, json.dumps([str(one) for one in arguments])]
-        variables = os.environ | {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": package} if package else {})
+        variables = os.environ | {"OMP_NUM_THREADS": "1"}
         self.job = subprocess.Popen(
             command, env=variables, stdout=(folder / "log").open("w"), stderr=subprocess.STDOUT, cwd=folder
         )
@@ -85,41 +83,10 @@ def extraction(scenes: str, count: str, cache: str) -> Callable[[int], float]:
     return task
 
 
-def evaluation(fuser_name: str, images: str) -> Callable[[int], float]:
-    """A whole report of a fuser on noise: matching, retrieval, seven kinds of changed facts. It runs with mmkit as it
-    was before nodes were encoded once, too."""
-    count, generator = int(images), torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    index = torch.arange(count).repeat_interleave(5)
-    stacks = noise(count, CELLS, 1280), noise(5 * count, TOKENS, 384)
-    features = mmkit.PairedFeatures.from_arrays(noise(count, 1280), noise(5 * count, 384), index.tolist(), *stacks)
-    pairs, judged = {}, torch.arange(FALSE)
-    for fact in mmkit.FACTS:
-        texts = noise(FALSE, 384), judged.tolist(), stacks[0], noise(FALSE, TOKENS, 384)
-        false = mmkit.PairedFeatures.from_arrays(features.images(), *texts)
-        negatives = mmkit.DiagnosticNegatives(fact, judged.numpy(), 5 * judged.numpy(), ("",) * FALSE)
-        pairs[fact] = negatives, false
-    fuser = mmkit.build_fuser(fuser_name, mmkit.profile("mini"), 1280, 384)
-    shortlist = 50 if fuser.takes_parts else 0
-
-    def task(_: int) -> float:
-        pool = {"pool": mmkit.encode_pool(fuser, features)} if "encode_pool" in mmkit.__all__ else {}
-        matching = mmkit.matching_report(fuser, features, {"random": 0.0, "hard": 0.0}, **pool)
-        retrieval = mmkit.retrieval_report(fuser, features, shortlist, **pool)
-        facts = mmkit.diagnostic_report(fuser, features, pairs, **pool)
-        found = [row.roc_auc for row in matching.values()] + [row.accuracy for row in facts.values()]
-        return retrieval.rsum + sum(found)
-
-    return task
-
-
 def _work(folder: Path, task: str, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     state = PartialState(cpu=True)
-    work, number = {one.__name__: one for one in (training, extraction, evaluation)}[task](*arguments), 0
+    work, number = {one.__name__: one for one in (training, extraction)}[task](*arguments), 0
     work(-1)  # warm
     state.wait_for_everyone()
     if state.is_main_process:
