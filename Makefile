@@ -12,7 +12,8 @@ run: env
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 -W ignore notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env \
+	  --nbval-cell-timeout=600 -W ignore notebooks # two at a time, a thread each
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow

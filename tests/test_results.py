@@ -33,12 +33,8 @@ def test_means_and_paired_differences_are_those_of_scipy():
     assert list(results.values("b", "training_time")) == [2 / 1, 3 / 2, 4 / 3, 5 / 4, 6 / 5]
     expected = stats.ttest_rel(b[:3], a[:3]).confidence_interval(0.95)
     assert made({"a": a[:3], "b": b}).difference("b", "a", "rsum").interval == pytest.approx(tuple(expected))
-    for changes, verdict in (
-        ([3, 4, 5], "higher, b"),
-        ([-3, -4, -5], "lower, b"),
-        ([-3, 4, 5], "not b"),
-        ([0] * 3, "not b"),
-    ):
+    sides = ([3, 4, 5], "higher, b"), ([-3, -4, -5], "lower, b"), ([-3, 4, 5], "not b"), ([0] * 3, "not b")
+    for changes, verdict in sides:
         results = made({"a": [500, 510, 520], "b": np.add([500, 510, 520], changes).tolist()})
         assert results.difference("b", "a", "rsum").verdict == f"{verdict}eyond the interval"
 

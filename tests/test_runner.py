@@ -25,16 +25,9 @@ runner = sys.modules["run"] = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(runner)
 Variant, EXPERIMENTS = runner.Variant, runner.read_experiments(FOLDER / "experiments.toml")
 SMALL = {"epochs": 6, "fusion_dim": 32, "batch_size": 64}
-TINY = runner.Experiment(
-    "tiny",
-    "Does a narrow fuser lose?",
-    "mini",
-    {"wide": Variant(), "narrow": Variant(settings={"fusion_dim": 8})},
-    "wide",
-    ("accuracy.hard", "rsum"),
-    seeds=2,
-    settings={"scene_count": 60, **SMALL},
-)
+WIDTHS = {"wide": Variant(), "narrow": Variant(settings={"fusion_dim": 8})}
+SETTINGS = {"seeds": 2, "settings": {"scene_count": 60, **SMALL}}
+TINY = runner.Experiment("tiny", "Worse?", "mini", WIDTHS, "wide", ("accuracy.hard", "rsum"), **SETTINGS)
 
 
 def take(folder: Path, seeds: int | None = None, **changes: object) -> Results:

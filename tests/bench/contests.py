@@ -15,13 +15,12 @@ import timm
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import mmkit
 from mmkit.features import autocast
 from workers import Team
 
-SCENES, PADDED, DECODED, DECODED_BATCH = 150, 16, 600, 25
+SCENES, PADDED = 150, 16
 FITTED, FITTED_BATCH, FITTED_EPOCHS = 4096, 512, 4
 RECORDS = 20_000  # images of a synthetic Karpathy file
 IMAGES, TEXTS, PAIRS, PAIR_BATCH = 1000, 5000, 50_000, 4096
@@ -87,20 +86,6 @@ def decode_vs_plain_loop(bench: Bench) -> Contest:
 
     assert all(torch.equal(a, b) for a, b in zip(ours(), baseline(), strict=True))
     return Contest("", "images/s", "", ours, baseline, len(data), len(data))
-
-
-def decode_two_workers(bench: Bench) -> Contest:
-    """Batches from a DataLoader over scenes of 640 × 480 and their captions: two worker processes that run already,
-    against none"""
-    many = bench.photos().select([index % SCENES for index in range(DECODED)])
-    options = {"batch_size": DECODED_BATCH, "collate_fn": mmkit.MultimodalPreprocessor().collate}
-    pair, alone = DataLoader(many, num_workers=2, persistent_workers=True, **options), DataLoader(many, **options)
-
-    def pixels(loader: DataLoader) -> float:
-        return sum(batch["pixels"].sum().item() for batch in loader)
-
-    assert pixels(pair) == pixels(alone)
-    return Contest("", "images/s", "", lambda: pixels(pair), lambda: pixels(alone), DECODED, DECODED)
 
 
 def annotations_vs_json(bench: Bench) -> Contest:
@@ -359,7 +344,7 @@ def ranks_vs_sort(bench: Bench) -> Contest:
 def contests(folder: Path, part: str) -> Iterator[Contest]:
     """Each made, and so warmed up, when its turn comes."""
     makers = (
-        decode_vs_plain_loop, decode_two_workers, annotations_vs_json, text_vs_pad512,
+        decode_vs_plain_loop, annotations_vs_json, text_vs_pad512,
         image_vs_plain_loop, image_vs_plain_loop_float32, image_vs_forward_limit, store_vs_memory, memory_10x,
         fit_vs_bare_loop, score_vs_pairwise, shortlist_vs_all_pairs, ranks_vs_sort, train_two_processes,
         extract_two_processes,
