@@ -16,7 +16,7 @@ test: lint
 	  --nbval-cell-timeout=600 -W ignore notebooks # two at a time, a thread each
 
 test-slow: env
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow # spinning threads would wait for each other beside other work
 
 test-all: test test-slow
 
