@@ -1,9 +1,12 @@
 """What every committed lesson has to keep, beside running: nbval compares nothing in cells that never ran."""
 
 import ast
+import base64
 import json
 import re
 import runpy
+import subprocess
+import sys
 import tomllib
 from itertools import product
 from pathlib import Path
@@ -116,8 +119,16 @@ def test_results_are_as_expected(notebook):
     cells = [cell for cell in code(notebook) if "mmkit.expect(" in cell.source]
     lines = [line for line in printed(cells).splitlines() if line.startswith(("✓", "✗"))]
     assert lines and all(line.startswith("✓") for line in lines)
-    told = [cell for cell in cells if re.search(r"^\s*mmkit\.expect\(", cell.source, re.MULTILINE)]
-    assert any("NBVAL_CHECK_OUTPUT" in cell.source for cell in told), "nbval compares no result"
+
+
+def test_a_result_outside_its_band_fails_as_a_test_wherever_it_is_told(tmp_path):
+    (tmp_path / "conftest.py").write_bytes((FOLDER / "conftest.py").read_bytes())
+    told = (f"import mmkit; mmkit.expect('R@1', {value}, 0.9, 1)" for value in (0.95, 0.5))
+    small_notebook(tmp_path / "a.ipynb", *told)
+    options = ["--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider", "-W", "ignore", tmp_path]
+    done = subprocess.run([sys.executable, "-m", "pytest", *options], capture_output=True, text=True)
+    assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout, done.stdout
+    assert "✗ R@1: expected 0.9 to 1, got 0.5. What did you change?" in done.stdout
 
 
 def test_exercises_are_checked_and_their_solutions_right(notebook):
@@ -326,4 +337,7 @@ def test_the_picture_of_the_house_is_of_today():
 def test_the_first_picture_of_the_readme_is_that_of_lesson_0():
     (alt,) = (one["alt"] for one in pictures(nbformat.read(NOTEBOOKS[0], 4)) if "How often" in one["alt"])
     shown = (FOLDER.parent / "README.md").read_text().partition(".github/hook.png")[0]
-    assert all(share in shown for share in re.findall(r"[a-z]+ (?:changed|swapped|s) [\d.]+ %", alt))
+    shares = re.findall(r"\S+ [\d.]+ %", alt)
+    assert len(shares) == 5 and all(share in " ".join(shown.split()) for share in shares[:4])
+    pngs = [o.data.get("image/png") for o in outputs(nbformat.read(NOTEBOOKS[0], 4)) if "data" in o]
+    assert base64.b64encode((FOLDER.parent / ".github" / "hook.png").read_bytes()).decode() in pngs, "save it again"
