@@ -20,17 +20,17 @@ from .fusers import GatedFuser, MultimodalFeatureFuser, PairFuser
 from .losses import Batch, JointLoss, contradiction_loss, contrastive_loss, matching_loss, sample_negatives
 from .training import History, fit
 
-# 3 to 5 · what a figure means
+# 4 and 6 · what a figure means
 from .baselines import HubnessCorrected, RegularizedCCA, TwoTower
 from .diagnostics import diagnostic_pairs, diagnostic_report, false_captions, noise_recall, permutation_gap
 from .evaluation import Interval, Pool, bootstrap, choose_thresholds, encode_pool, matching_logits
 from .evaluation import matching_report, negative_pairs, pool_ranks, ranks, retrieval_report, shortlist_ranks
 
-# 4 · graphs over a pool, and inside one pair
+# 5 and 7 · graphs over a pool, and inside one pair
 from .graphs import HeteroGNN, MultimodalGNN, attention_edges, cosine_knn_edges
 from .regions import CrossAttentionFuser, RegionWordGNN, cell_positions
 
-# 5 and 6 · every fuser by its name, a trained one on disk; tables of several seeds; a text encoder that learns too
+# 8 and 9 · every fuser by its name, a trained one on disk; tables of several seeds; a text encoder that learns too
 from .checkpoints import FUSERS, build_fuser, load_checkpoint, report_json, save_checkpoint, training_recipe
 from .lora import LoRATextFuser, tokenized
 from .results import Results, load_results

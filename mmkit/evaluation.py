@@ -119,10 +119,8 @@ def negative_pairs(features: PairedFeatures, kind: str, seed: int = 0) -> tuple[
         shift = torch.randint(1, len(features), captions.shape, generator=generator)
         return (image_index + shift) % len(features), captions
     texts = F.normalize(features.vectors().captions(), dim=-1)
-    nearest = [
-        (texts[rows] @ texts.T).masked_fill(image_index[rows, None] == image_index, -torch.inf).argmax(dim=1)
-        for rows in captions.split(_VECTORS)
-    ]
+    nearest = [(texts[rows] @ texts.T).masked_fill(image_index[rows, None] == image_index, -torch.inf).argmax(dim=1)
+               for rows in captions.split(_VECTORS)]  # fmt: skip
     return image_index, torch.cat(nearest)
 
 

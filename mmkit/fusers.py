@@ -56,8 +56,7 @@ class PairFuser(nn.Module, PyTorchModelHubMixin, library_name="mmkit", license="
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
-        fuses_otherwise = {"build_head", "fuse", "match"} & vars(cls).keys()
-        if fuses_otherwise and "score_nodes" not in vars(cls) and not cls.takes_parts:
+        if {"fuse", "match"} & vars(cls).keys() and "score_nodes" not in vars(cls) and not cls.takes_parts:
             cls.score_nodes = PairFuser.match_all  # a short cut of another class would score by another rule
 
     def __init__(self, image_dim: int, text_dim: int, width: int, dropout: float, feature_dropout: float,
@@ -73,8 +72,7 @@ class PairFuser(nn.Module, PyTorchModelHubMixin, library_name="mmkit", license="
         self.log_temperature = nn.Parameter(torch.tensor(TEMPERATURE).log())  # of the contrastive loss
 
     def build_head(self, dropout: float) -> None:
-        """Make the layers of `fuse`, `match`, `score_nodes`. A subclass that replaces this or one of the first two is
-        scored pair by pair (`match_all`) unless it has a `score_nodes` of its own."""
+        """Make the layers of `fuse`, `match` and `score_nodes`; of others `match_all` makes the score."""
         self.match_head = nn.Linear(self.fused_dim, 1)
         if self.paths != "product":
             self.concatenation = nn.Sequential(nn.Linear(2 * self.width, self.width), nn.ReLU(), nn.Dropout(dropout))
@@ -108,6 +106,8 @@ class PairFuser(nn.Module, PyTorchModelHubMixin, library_name="mmkit", license="
 
     def score_nodes(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
         """Nodes → the logits of `match` of all pairs `(N, M)`, none of them fused: `W[a; b] = W₁a + W₂b` splits."""
+        if self.has_other_layers():
+            return self.match_all(image_nodes, text_nodes)
         logits, head = self.match_head.bias, self.match_head.weight[0]
         if self.paths != "concatenation":
             logits = logits + (image_nodes * head[: self.width]) @ text_nodes.T
@@ -117,6 +117,11 @@ class PairFuser(nn.Module, PyTorchModelHubMixin, library_name="mmkit", license="
             from_images = F.linear(image_nodes, image_part, linear.bias)
             logits = logits + sum_of_relu(from_images, F.linear(text_nodes, text_part), joined)
         return logits
+
+    def has_other_layers(self) -> bool:
+        """Whether layers have been replaced since `build_head`: `score_nodes` takes only the sums of its own apart."""
+        layers = [type(layer) for layer in (self.match_head, *getattr(self, "concatenation", ()))]
+        return layers not in ([nn.Linear], [nn.Linear, nn.Linear, nn.ReLU, nn.Dropout])
 
     def match_all(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
         """Nodes → the logits of all pairs `(N, M)` by `match` itself, a block of pairs at a time."""
@@ -209,6 +214,8 @@ class GatedFuser(MultimodalFeatureFuser):
 
     def score_nodes(self, image_nodes: Tensor, text_nodes: Tensor) -> Tensor:
         """As in `PairFuser`, but gated paths are neither bilinear nor split: the gates of a block of pairs are held."""
+        if self.has_other_layers():
+            return self.match_all(image_nodes, text_nodes)
         layers = (self.gate, self.concatenation[0])
         image_part, text_part = torch.cat([layer.weight for layer in layers]).split(self.width, dim=1)
         from_images = F.linear(image_nodes, image_part, torch.cat([layer.bias for layer in layers]))

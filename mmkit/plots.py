@@ -199,13 +199,11 @@ def plot_map(panels: Mapping[str, Mapping[str, Tensor | np.ndarray]], title: str
     show(fig, f"Scatter plot. {title}. {'; '.join(facts)}.")
 
 
-def diagram(
-    boxes: Mapping[str, tuple], arrows: Sequence[tuple[str, ...]], title: str, width: float = 9, height: float = 0
-) -> None:
+def diagram(boxes: Mapping[str, tuple], arrows: Sequence[tuple[str, ...]], title: str) -> None:
     """An architecture: `boxes[name]` is `(column, row)` or `(column, row, kind)`, a kind one of `KINDS`, and an arrow
     `(from, to)` or `(from, to, label)`. Rows count downwards; the name is what stands in the box."""
     columns, rows = (max(place[axis] for place in boxes.values()) + 1 for axis in (0, 1))
-    with chart("Diagram", title, "", "", width, height or 0.95 * rows + 0.5) as (axis, facts):
+    with chart("Diagram", title, "", "", 9, 0.95 * rows + 0.5) as (axis, facts):
         for name, (column, row, *kind) in boxes.items():
             colour = KINDS[kind[0] if kind else ""]
             look = {"boxstyle": "round,pad=0.5", "facecolor": f"{colour}22", "edgecolor": colour, "linewidth": 1.5}
@@ -226,18 +224,14 @@ def diagram(
             facts.append(" → ".join((source, *label, target)).replace("\n", " "))
 
 
-def plot_graph(
-    edges: Tensor, values: Numbers, positions: Numbers | None = None, titles: Words = (), title: str = ""
-) -> None:
-    """Nodes as circles with their value and messages as arrows along `edges` `(2, E)`: a panel for each row of `values`
-    `(panels, N)`. Nodes stand in a row, or at `positions` `(N, 2)`."""
+def plot_graph(edges: Tensor, values: Numbers, titles: Words, title: str) -> None:
+    """Nodes in a row, as circles with their value, and messages as arrows along `edges` `(2, E)`: a panel under a title
+    for each row of `values` `(panels, N)`."""
     values = np.atleast_2d(np.asarray(values, dtype=float))
     (panels, count), scale, facts = values.shape, {"vmin": values.min(), "vmax": 1.6 * values.max() + 1e-9}, []
-    places, size, grid = np.column_stack([np.arange(count), np.zeros(count)]), (9, 0.5 + 1.25 * panels), (panels, 1)
-    if positions is not None:
-        places, size, grid = np.asarray(positions), (3.2 * panels, 3.2), (1, panels)
-    fig, axes = figure(*size, *grid, frame_on=False, xticks=[], yticks=[])
-    for axis, row, name in zip(axes, values, titles or repeat(""), strict=False):
+    places = np.column_stack([np.arange(count), np.zeros(count)])
+    fig, axes = figure(9, 0.5 + 1.25 * panels, panels, frame_on=False, xticks=[], yticks=[])
+    for axis, row, name in zip(axes, values, titles, strict=True):
         axis.set_title(name)
         for sender, receiver in np.asarray(edges).T:
             look = {
@@ -251,7 +245,7 @@ def plot_graph(
         axis.scatter(*places.T, s=620, c=row, cmap="Blues", edgecolors=BLUE, zorder=3, **scale)
         for (x, y), value in zip(places, row, strict=True):
             axis.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=9, zorder=4)
-        axis.margins(0.12, 0.6 if positions is None else 0.2)
+        axis.margins(0.12, 0.6)
         facts.append(f"{name}: {', '.join(f'{value:.3g}' for value in row)}")
     fig.suptitle(title, fontweight="bold", fontsize=11)
     show(fig, f"Graph. {title}. {count} nodes, {np.shape(edges)[1]} edges. Values of the nodes: {'; '.join(facts)}.")
@@ -329,9 +323,10 @@ def show_attention(
             x, y, radius = x * width, y * height, width / 14
             box = [x - radius, y - radius, x + radius, y + radius]
             ImageDraw.Draw(shade).ellipse(box, outline=ORANGE, width=max(2, width // 60))
-        pairs = zip(words, positions.tolist(), strict=True)
-        places += ". Expected places: " + "; ".join(
-            f"{word}: {x:+.2f} to the right, {y:+.2f} down" for word, (x, y) in pairs
-        )
+        told = [
+            f"{word}: {x:+.2f} to the right, {y:+.2f} down"
+            for word, (x, y) in zip(words, positions.tolist(), strict=True)
+        ]
+        places += f". Expected places: {'; '.join(told)}"
     alt = f"{title}. The cell of largest weight of {side} by {side}: {places}."
     show_images([image, *shades], ["what the encoder sees", *words], alt, columns, title)

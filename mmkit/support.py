@@ -113,8 +113,11 @@ def check(name: str, answer: object) -> None:
         raise MmkitError(f"No exercise {name!r}. Valid names: {', '.join(exercises)}")
     if answer is ...:
         return print(f"{name}: no answer yet")
-    exercise = exercises[name]
-    given, right = np.asarray(answer), np.asarray(exercise["answer"])  # tensors, tuples and lists alike
+    exercise, right = exercises[name], np.asarray(exercises[name]["answer"])
+    try:
+        given = np.asarray(answer.detach().cpu() if hasattr(answer, "detach") else answer)  # tensors and lists alike
+    except (TypeError, ValueError):  # no rows of one length
+        given = np.empty(0)
     if right.dtype.kind == "U":
         same = given.shape == right.shape and np.array_equal(np.char.lower(given.astype(str)), np.char.lower(right))
     else:

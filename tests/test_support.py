@@ -74,7 +74,7 @@ def test_a_result_outside_its_band_is_told_and_stops_nothing(capsys):
     ("right", "answers", "wrong"),
     [
         ("answer = 3.5\ntolerance = 0.1", [3.5, 3.6, np.float32(3.45), torch.tensor(3.5)], [3.7, "3.5", [3.5], None]),
-        ("answer = [1, 2]", [[1, 2], (1, 2), torch.tensor([1, 2])], [[2, 1], [1, 2, 3], 1, {1: 2}]),
+        ("answer = [1, 2]", [[1, 2], (1, 2), torch.tensor([1, 2])], [[2, 1], [1, 2, 3], [1, [2]], {1: 2}]),
         ('answer = "GCN"', ["gcn", "GCN"], ["gat", 3, ["gcn"]]),
         ("answer = true", [True, np.True_], [False, "true"]),
     ],

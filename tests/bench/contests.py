@@ -133,14 +133,14 @@ def text_vs_pad512(bench: Bench) -> Contest:
     return Contest("", "captions/s", "", ours, baseline, len(captions), len(sample))
 
 
-def _images(bench: Bench, precision: str) -> Contest:
+def _images(bench: Bench) -> Contest:
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0).eval()
     model.load_state_dict(bench.encoders.image.backbone.model.state_dict())
     # one caption for all, so that pictures alone are timed
     data = replace(bench.dataset, captions=("a",) * SCENES, image_index=np.arange(SCENES))
 
     def ours() -> mmkit.PairedFeatures:
-        return mmkit.extract_features(data, bench.encoders, bench.fresh(), precision)
+        return mmkit.extract_features(data, bench.encoders, bench.fresh())
 
     @torch.no_grad()
     def baseline() -> Tensor:
@@ -155,18 +155,13 @@ def image_vs_plain_loop(bench: Bench) -> Contest:
     """Decoding and EfficientNet-Lite0 of 150 drawn scenes as extract_features does it (decoded ahead, small batches,
     channels-last, bfloat16 where the processor has it, written to disk), against a plain loop over timm's model (one
     picture at a time, default layout, float32); same weights"""
-    return _images(bench, "auto")
-
-
-def image_vs_plain_loop_float32(bench: Bench) -> Contest:
-    """The same in float32 on both sides"""
-    return _images(bench, "float32")
+    return _images(bench)
 
 
 def image_vs_forward_limit(bench: Bench) -> Contest:
     """The same as image_vs_plain_loop, against the forward pass alone over decoded batches of four, channels-last, in
     the same precision: 1 would be decoding for nothing"""
-    encoders, fair = bench.encoders, _images(bench, "auto")
+    encoders, fair = bench.encoders, _images(bench)
     pixels = torch.stack([encoders.preprocessor.preprocess_image(bench.dataset.image(at)) for at in range(SCENES)])
 
     def baseline() -> Tensor:
@@ -345,7 +340,7 @@ def contests(folder: Path, part: str) -> Iterator[Contest]:
     """Each made, and so warmed up, when its turn comes."""
     makers = (
         decode_vs_plain_loop, annotations_vs_json, text_vs_pad512,
-        image_vs_plain_loop, image_vs_plain_loop_float32, image_vs_forward_limit, store_vs_memory, memory_10x,
+        image_vs_plain_loop, image_vs_forward_limit, store_vs_memory, memory_10x,
         fit_vs_bare_loop, score_vs_pairwise, shortlist_vs_all_pairs, ranks_vs_sort, train_two_processes,
         extract_two_processes,
     )  # fmt: skip
